@@ -1,0 +1,76 @@
+"""The evaluation photographs as scenes, and the figures that every benchmark prints."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import piq
+import torch
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from ...degradations.evaluation import degrade
+from ...lab.photographs import evaluation_photograph
+
+# The motorcycle pair shows one scene from two sides: its figures are averaged and count once.
+SCENES = {"coffee": ("coffee",), "china": ("china",), "flower": ("flower",), "motorcycle": ("motorcycle_left", "motorcycle_right")}
+# What somebody would type who looks at the damaged picture and knows the lab's words: subject, colours, light under normal conditions.
+CAPTIONS = {
+    "coffee": "orange brown red warm round subject-centre detailed",
+    "china": "bright white red blue detailed subject-centre top-light symmetric",
+    "flower": "orange yellow green vivid warm round subject-centre detailed",
+    "motorcycle": "grey brown red balanced detailed crowded subject-centre",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One damaged photograph.
+
+    Attributes:
+        scene: name of the scene.
+        clean, degraded: (1, H, W, 3) in 0..1.
+        caption: words for the prompt.
+    """
+
+    scene: str
+    clean: Tensor
+    degraded: Tensor
+    caption: str
+
+
+@lru_cache(maxsize=64)
+def cases(scene: str, degradation: str, seed: int) -> tuple[Case, ...]:
+    """Return the photographs of a scene under one of the four fixed degradations, as 8-bit files would hold them."""
+    made = []
+    for name in SCENES[scene]:
+        clean = evaluation_photograph(name).permute(1, 2, 0)[None]
+        made.append(Case(scene, clean, eight_bit(degrade(clean, degradation, seed)), CAPTIONS[scene]))
+    return tuple(made)
+
+
+def eight_bit(image: Tensor) -> Tensor:
+    """Round to the 256 values of a saved file."""
+    return (image.clamp(0, 1) * 255).round() / 255
+
+
+def figures(image: Tensor, clean: Tensor) -> dict[str, float]:
+    """Return PSNR (dB), SSIM and HaarPSI of (1, H, W, 3) pictures in 0..1."""
+    image = eight_bit(image)
+    error = (image - clean).square().mean().item()
+    a, b = image.movedim(-1, 1), clean.movedim(-1, 1)
+    return {
+        "psnr": -10 * float(np.log10(max(error, 1e-12))),
+        "ssim": float(structural_similarity(image[0].numpy(), clean[0].numpy(), channel_axis=-1, data_range=1.0)),
+        "haarpsi": float(piq.haarpsi(a, b, data_range=1.0)),
+    }
+
+
+def mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Average dictionaries of numbers key by key."""
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} if rows else {}
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator."""
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,127 @@
+"""Restoring one picture through the host's own sampling functions, counting the work."""
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...lab.prior import load_lab_prior
+from ...samplers.alignment import Alignment
+from ...samplers.first_guess import first_guess, known_degradation
+from ...samplers.guided_model import GuidedModel
+from ...samplers.posterior_guidance import Counters, Posterior
+from ...samplers.quality import Quality
+from ...samplers.recurrence import RecurrentSampler
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything one restoration depends on; what the workflow's widgets hold.
+
+    Attributes:
+        alignment, quality, posterior: as the nodes make them; posterior None is the host's img2img.
+        sampler, scheduler, steps, cfg, denoise: of the host.
+        rounds, gamma: of Recurrent Re-noising.
+        text: use the caption.
+        guess: start from First Guess instead of the damaged picture.
+    """
+
+    alignment: Alignment = field(default_factory=Alignment)
+    quality: Quality | None = None
+    posterior: Posterior | None = field(default_factory=Posterior)
+    sampler: str = "euler"
+    scheduler: str = "normal"
+    steps: int = 12
+    cfg: float = 1.5
+    denoise: float = 0.5
+    rounds: int = 0
+    gamma: float = 0.3
+    text: bool = True
+    guess: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds and counts of one restoration."""
+
+    seconds: float
+    model_calls: int
+    decodes: int
+    decoder_backwards: int
+    updates: int
+
+    def row(self) -> dict[str, float]:
+        """Return the counts under the names of the table."""
+        return {"seconds": self.seconds, "model_calls": self.model_calls, "decodes": self.decodes, "decoder_backwards": self.decoder_backwards,
+                "fpam_updates": self.updates}
+
+
+class Prior:
+    """The lab prior of a kind, loaded once."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.model, self.clip, self.vae = load_lab_prior(kind)
+
+    def encode(self, text: str) -> list:
+        """CLIPTextEncode."""
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+
+def restore(prior: Prior, degraded: Tensor, caption: str, recipe: Recipe, seed: int) -> tuple[Tensor, Work]:
+    """Restore (1, H, W, 3) as the shared workflow does.
+
+    Returns:
+        (restored picture in 0..1, work done).
+    """
+    comfy.utils.set_progress_bar_enabled(False)
+    begun, counters, calls = time.perf_counter(), Counters(), [0]
+    y = degraded.movedim(-1, 1)
+    start = degraded
+    if recipe.guess:
+        start = first_guess(y, known_degradation(y, recipe.quality, recipe.alignment.grid, recipe.alignment.grey)).movedim(1, -1)
+    model = _counted(prior.model, calls)
+    if recipe.posterior is not None:
+        model = GuidedModel(recipe.posterior, recipe.alignment, recipe.quality, prior.vae, degraded, on_finish=lambda done: _add(counters, done)).attach(model)
+    latent = prior.vae.encode(start)
+    sampling = model.get_model_object("model_sampling")
+    total = recipe.steps if recipe.denoise >= 1 else int(recipe.steps / recipe.denoise)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, recipe.scheduler, total)[-(recipe.steps + 1):]
+    sampler = comfy.samplers.sampler_object(recipe.sampler)
+    if recipe.rounds:
+        sampler = RecurrentSampler(sampler, recipe.rounds, recipe.gamma)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(prior.encode(caption if recipe.text else ""), prior.encode(""))
+    guider.set_cfg(recipe.cfg)
+    sampled = guider.sample(comfy.sample.prepare_noise(latent, seed), latent, sampler, sigmas, disable_pbar=True, seed=seed)
+    picture = prior.vae.decode(sampled)
+    work = Work(time.perf_counter() - begun, calls[0], counters.decodes + 1, counters.decoder_backwards, counters.updates)
+    return picture.float(), work
+
+
+def img2img(recipe: Recipe, denoise: float) -> Recipe:
+    """The host's own img2img on the same prior: no guidance, no first guess, no rounds."""
+    return replace(recipe, posterior=None, guess=False, rounds=0, denoise=denoise, steps=20)
+
+
+def _counted(model: Any, calls: list[int]) -> Any:
+    """Count the samples that the denoiser evaluates."""
+    counted = model.clone()
+
+    def count(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls[0] += len(x)
+        return executor(x, *args, **kwargs)
+
+    counted.add_wrapper_with_key("apply_model", "mend_bench", count)
+    return counted
+
+
+def _add(total: Counters, done: Counters) -> None:
+    total.decodes += done.decodes
+    total.decoder_backwards += done.decoder_backwards
+    total.updates += done.updates

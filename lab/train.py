@@ -1,0 +1,169 @@
+"""Train the lab prior: `python dev train-lab [vae] [unet] [dit]`. Everything follows from seeds; a killed run goes on where it stood."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import headless
+from .autoencoder import autoencoder_loss, build_autoencoder, crops
+from .denoisers import build_dit, build_unet, dit_loss, dropped_ids, sd_alphas_cumprod, unet_loss
+from .optimizer import MuonAdam
+from .photographs import EVALUATION, evaluation_photograph
+from .pictures import cached_pictures
+from .resume import Average, load_run, save_run
+from .vocabulary import PAD, WORDS, describe
+
+BATCH = 16
+WEIGHTS = Path(__file__).parent / "weights"
+SAVE_EVERY = 60.0
+# The host's SD3 latent format, which both denoisers use: process_in(z) = (z - shift) * scale.
+LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
+
+
+def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, Tensor]], run: Path, steps: int, peak: float,
+          evaluate: Callable[[Average], None]) -> Average:
+    """Train to `steps`, saving about once a minute.
+
+    Args:
+        name: what the log calls it.
+        module: trained in place; its parameters that require gradients are optimised.
+        loss_of: step -> (loss, figure for the log).
+        run: file that holds the state of the run.
+        steps: total steps, over all resumptions.
+        peak: highest learning rate.
+        evaluate: called with the averaged weights whenever the run is saved.
+
+    Returns:
+        The averaged weights.
+    """
+    average = Average(module)
+    optimizer = MuonAdam(module, peak)
+    step = load_run(run, module, average, optimizer)
+    saved, begun, figures = time.monotonic(), time.monotonic(), []
+    for step in range(step, steps):
+        torch.manual_seed(step)
+        loss, figure = loss_of(step)
+        optimizer.step(loss, step, steps)
+        average.update(module, step)
+        figures.append(figure)
+        if time.monotonic() - saved > SAVE_EVERY or step == steps - 1:
+            save_run(run, step + 1, module, average, optimizer)
+            recent = torch.stack(figures[-100:]).mean().item()
+            log(f"{name} step {step + 1}/{steps} figure {recent:.4f} {time.monotonic() - begun:.0f} s")
+            evaluate(average)
+            saved = time.monotonic()
+    return average
+
+
+def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int) -> None:
+    """Train the VAE and write lab/weights/vae.safetensors."""
+    store = cached_pictures(cache, count)
+    model = build_autoencoder().to(device, memory_format=torch.channels_last)
+    held_out = torch.stack([evaluation_photograph(name) for name in EVALUATION]).to(device)
+
+    def loss_of(step: int) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16):
+            return autoencoder_loss(model, crops(store, step).to(device, memory_format=torch.channels_last))
+
+    def evaluate(average: Average) -> None:
+        averaged = build_autoencoder().to(device)
+        averaged.load_state_dict(average.shadow, strict=False)
+        with torch.no_grad():
+            error = (averaged.taesd_decoder(averaged.taesd_encoder(held_out)).clamp(0, 1) - held_out).square().flatten(1).mean(1)
+        log("vae held-out PSNR " + " ".join(f"{v:.2f}" for v in (-10 * error.log10()).tolist()) + "")
+        averaged.vae_scale.fill_(LATENT_SCALE)
+        averaged.vae_shift.fill_(LATENT_SHIFT)
+        save_weights(WEIGHTS / "vae.safetensors", averaged.state_dict(), {"mend.kind": "lab_vae", "mend.lab.steps": str(steps)})
+
+    train("vae", model, loss_of, cache / "vae.run.safetensors", steps, 8e-4, evaluate)
+
+
+def encode_pictures(cache: Path, device: torch.device, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return latents (count, 16, 32, 32) and captions (count, n) of word ids, made once and kept in the cache."""
+    latents_file, captions_file = cache / f"latents-{count}.npy", cache / f"captions-{count}.npy"
+    if latents_file.exists():
+        return np.load(latents_file, mmap_mode="r"), np.load(captions_file)
+    store = cached_pictures(cache, count)
+    model = build_autoencoder().to(device)
+    model.load_state_dict(load_file(WEIGHTS / "vae.safetensors"))
+    model.to(memory_format=torch.channels_last)
+    rows = []
+    for start in range(0, count, 32):
+        x = torch.from_numpy(store[start:start + 32]).permute(0, 3, 1, 2).to(device).float() / 255
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            rows.append(model.taesd_encoder(x).cpu().half().numpy())
+        if start % 1024 == 0:
+            log(f"encoded {start}/{count}")
+    ids = [[WORDS.index(word) for word in describe(image / np.float32(255))] for image in store]
+    width = max(map(len, ids))
+    np.save(captions_file, np.array([row + [PAD] * (width - len(row)) for row in ids], np.int16))
+    np.save(latents_file, np.concatenate(rows))
+    return np.load(latents_file, mmap_mode="r"), np.load(captions_file)
+
+
+def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, count: int) -> None:
+    """Train the UNet or the DiT and write lab/weights/<kind>.safetensors."""
+    latents, captions = encode_pictures(cache, device, count)
+    model = (build_unet() if kind == "unet" else build_dit()).to(device, memory_format=torch.channels_last)
+    alphas_cumprod = sd_alphas_cumprod()
+
+    def loss_of(step: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((2, step))
+        rows = rng.integers(len(latents), size=BATCH)
+        z = torch.from_numpy(latents[np.sort(rows)]).to(device, memory_format=torch.channels_last).float()
+        ids = dropped_ids(captions[np.sort(rows)], rng).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            return unet_loss(model, z, ids, alphas_cumprod) if kind == "unet" else dit_loss(model, z, ids)
+
+    def evaluate(average: Average) -> None:
+        tensors = {**model.state_dict(), **average.shadow}
+        renamed = {k.replace("net.", "model.diffusion_model.", 1) if k.startswith("net.") else k: v for k, v in tensors.items()}
+        save_weights(WEIGHTS / f"{kind}.safetensors", renamed, {"mend.kind": f"lab_{kind}", "mend.lab.steps": str(steps)})
+
+    train(kind, model, loss_of, cache / f"{kind}.run.safetensors", steps, 1.5e-3, evaluate)
+
+
+def log(line: str) -> None:
+    """Write a line of the training log at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def save_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write half-precision weights with metadata, atomically."""
+    file.parent.mkdir(exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    save_file({k: v.detach().cpu().half().contiguous() for k, v in tensors.items()}, temporary, {"mend.version": "1", **metadata})
+    os.replace(temporary, file)
+
+
+def main() -> None:
+    """Train the named parts, or all of them in order."""
+    parser = argparse.ArgumentParser(prog="python dev train-lab", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=["vae", "unet", "dit", []], help="default: all three, in this order")
+    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend")) / "lab")
+    parser.add_argument("--steps", type=int, help="stop after so many steps")
+    parser.add_argument("--pictures", type=int, default=8000)
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    headless.boot()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for part in arguments.parts or ["vae", "unet", "dit"]:
+        if part == "vae":
+            train_autoencoder(arguments.cache, device, arguments.steps or 3200, arguments.pictures)
+        else:
+            train_denoiser(part, arguments.cache, device, arguments.steps or 4000, arguments.pictures)
+
+
+if __name__ == "__main__":
+    main()

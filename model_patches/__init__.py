@@ -1,0 +1,1 @@
+"""What is hung on a host model, and how it attaches."""

@@ -1,0 +1,22 @@
+"""The pack's nodes. One file per family, each ending in NODES."""
+
+from typing_extensions import override
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..model_patches import folders
+from . import caption, frame, lab, zero_shot
+
+
+class MendExtension(ComfyExtension):
+    """What the host asks for nodes."""
+
+    @override
+    async def on_load(self) -> None:
+        """Make the pack's model folder known before any node lists its files."""
+        folders.register()
+
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return all nodes."""
+        return [*lab.NODES, *zero_shot.NODES, *frame.NODES, *caption.NODES]

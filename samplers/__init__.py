@@ -1,0 +1,1 @@
+"""Algorithms that walk a sigma schedule."""

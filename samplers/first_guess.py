@@ -1,0 +1,119 @@
+"""A first guess at the picture from the quality prior alone, and the degradation that it implies.
+
+LD-RPS leaves F-PAM to find the degradation from nothing over hundreds of steps. Where the quality prior already says how bright or how clear
+a good picture is, the degradation has a closed form; F-PAM starts from it and the guess is where sampling starts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model_patches.fpam import upsample_grid
+from .quality import Quality, dark_channel
+
+CURVE_POINTS = 257
+LEVELS = 0.005
+CLARITY_SHARE = 0.95
+LEAST_TRANSMISSION = 0.15
+LUMA = (0.2126, 0.7152, 0.0722)
+
+
+@dataclass(frozen=True)
+class KnownDegradation:
+    """psi(x) = A + t * (mix @ curve(x) - A), the degradation that F-PAM starts as.
+
+    Attributes:
+        curve: (n,) tone curve at even steps over 0..1.
+        mix: (3, 3) colour matrix.
+        airlight: (3,) A.
+        transmission: (1, 1, g, g) t on a coarse grid.
+        noise: deviation of the noise, in pixel values of 0..1.
+    """
+
+    curve: Tensor
+    mix: Tensor
+    airlight: Tensor
+    transmission: Tensor
+    noise: float
+
+
+def known_degradation(y: Tensor, quality: Quality | None, grid: int, grey: bool) -> KnownDegradation:
+    """Estimate the degradation of one picture from what the quality prior asks for.
+
+    Args:
+        y: (1, 3, H, W) degraded picture in 0..1.
+        quality: constraints that name the look to undo; None leaves tone and clarity as they are.
+        grid: rows and columns of the transmission map.
+        grey: the picture has lost its colours.
+    """
+    airlight, transmission = y.new_zeros(3), y.new_ones(1, 1, grid, grid)
+    if quality is not None and quality.clarity > 0:
+        airlight, transmission = _haze(y, grid)
+    curve = torch.linspace(0, 1, CURVE_POINTS).to(y)
+    if quality is not None and quality.exposure > 0:
+        clear = _clear(y, airlight, transmission)
+        curve = _tone_curve(clear, quality.exposure_target)
+    luma = y.new_tensor(LUMA).expand(3, 3)
+    return KnownDegradation(curve, luma if grey else torch.eye(3).to(y), airlight, transmission, noise_level(y))
+
+
+def first_guess(y: Tensor, known: KnownDegradation) -> Tensor:
+    """Undo a known degradation pixel by pixel: (1, 3, H, W) in 0..1. Noise and lost colours stay for the model to mend."""
+    clear = _clear(y, known.airlight, known.transmission).clamp(known.curve[0].item(), known.curve[-1].item())
+    position = torch.searchsorted(known.curve.contiguous(), clear.contiguous()).clamp(1, CURVE_POINTS - 1)
+    low, high = known.curve[position - 1], known.curve[position]
+    return ((position - 1 + (clear - low) / (high - low).clamp(min=1e-6)) / (CURVE_POINTS - 1)).clamp(0, 1)
+
+
+def noise_level(y: Tensor) -> float:
+    """Deviation of white noise in (1, 3, H, W), from the median of the diagonal Haar details (Donoho's estimate)."""
+    if min(y.shape[-2:]) < 4:
+        return 0.0
+    height, width = (side // 2 * 2 for side in y.shape[-2:])
+    a, b = y[..., 0:height:2, 0:width:2], y[..., 0:height:2, 1:width:2]
+    c, d = y[..., 1:height:2, 0:width:2], y[..., 1:height:2, 1:width:2]
+    return float(((a - b - c + d) / 2).abs().flatten().median() / 0.6745)
+
+
+def _clear(y: Tensor, airlight: Tensor, transmission: Tensor) -> Tensor:
+    if transmission.shape[-1] == 1:
+        t = transmission
+    else:
+        t = upsample_grid(transmission, *y.shape[-2:]).clamp(LEAST_TRANSMISSION, 1)
+    light = airlight.view(1, 3, 1, 1)
+    return ((y - light) / t + light).clamp(0, 1)
+
+
+def _haze(y: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+    """Airlight and transmission by the dark channel prior (He et al. 2009), smoothed by its coarse grid."""
+    dark = dark_channel(y)
+    brightest = dark >= torch.quantile(_sample(dark), 0.99)
+    airlight = (y * brightest).sum((0, 2, 3)) / brightest.sum().clamp(min=1)
+    # One brightness for all channels: the brightest haze of a small picture is too few pixels to name a colour.
+    airlight = airlight.mean().clamp(0.5, 1).expand(3)
+    veil = dark_channel(y / airlight.view(1, 3, 1, 1))
+    transmission = 1 - CLARITY_SHARE * F.adaptive_avg_pool2d(veil, grid)
+    return airlight, transmission.clamp(LEAST_TRANSMISSION, 1)
+
+
+def _tone_curve(y: Tensor, target: float) -> Tensor:
+    """Levels and a power: the curve c with mean(c^-1(y)) = target, as values of c over 0..1."""
+    values = _sample(y)
+    low, high = torch.quantile(values, LEVELS), torch.quantile(values, 1 - LEVELS)
+    stretched = ((values - low) / (high - low).clamp(min=1e-3)).clamp(0, 1)
+    shortest, longest = 0.2, 5.0
+    for _ in range(30):
+        power = (shortest * longest) ** 0.5
+        if stretched.pow(1 / power).mean() < target:
+            shortest = power
+        else:
+            longest = power
+    return low + (high - low) * torch.linspace(0, 1, CURVE_POINTS).to(y).pow(power)
+
+
+def _sample(values: Tensor, most: int = 200_000) -> Tensor:
+    """Evenly thin a tensor to at most about `most` values: quantiles of huge pictures need no more."""
+    flat = values.flatten()
+    return flat[:: max(1, len(flat) // most)]

@@ -1,0 +1,312 @@
+"""Two-stage posterior sampling (LD-RPS, section 3.3): predictions of the clean latent are moved towards what explains the degraded picture.
+
+At every guided evaluation the predicted x0 is replaced by the minimiser, after a few conjugate gradient steps, of
+
+    strength * N / (2 s^2) * (L(psi(D(x0)), y) + Q(D(x0)))  +  ||x0 - x0_predicted||^2 / (2 r^2)
+
+with N values in the picture, s the noise of y, and r^2 the variance that the sigma leaves to x0. The first term is the paper's posterior,
+read as a likelihood so that its weight has units; the second is what the prior still knows at this sigma. Step lengths come from a line
+search, so nothing depends on the size of the latent, the decoder's scale or the batch.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model_patches.host import (
+    OUT_OF_MEMORY,
+    LatentEncoder,
+    PixelDecoder,
+    gradients,
+    interrupt_point,
+    model_time,
+    noise_to_signal,
+    reraise_unless_out_of_memory,
+)
+from ..model_patches.perceptual import Perceptual
+from .alignment import Alignment, AlignmentRun, Window
+from .first_guess import known_degradation
+from .quality import Quality, quality_loss
+
+# How far psi of a perfect restoration may still lie from y besides noise: half of it sets how hard clean parts are pulled.
+MISFIT = 0.02
+LEAST_TILE = 16
+HALO = 8
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Settings of the guidance.
+
+    Attributes:
+        strength: weight of the likelihood; 0 leaves the model alone.
+        guide_below: t1, the model time (0..1) under which x0 is moved; above it only F-PAM learns.
+        steps: conjugate gradient steps at each guided evaluation.
+        every: guide every k-th step of the schedule and repeat the last correction in between.
+        noise: deviation of the noise in the degraded picture, 0..1; 0 measures it.
+        companion: sample a second, unguided picture alongside that shows F-PAM clean statistics.
+        through_model: take the gradient through the denoiser instead of treating its prediction as a constant.
+        published: step x by a fixed multiple of the gradient of mean losses, as the reference does, instead of solving.
+        published_scale: that multiple, for a 64x64 latent.
+        tile: side in latent pixels above which the decoder works on tiles.
+    """
+
+    strength: float = 1.0
+    guide_below: float = 0.7
+    steps: int = 2
+    every: int = 1
+    noise: float = 0.0
+    companion: bool = False
+    through_model: bool = False
+    published: bool = False
+    published_scale: float = 40000.0
+    tile: int = 96
+
+
+@dataclass
+class Row:
+    """One picture of the batch: its degraded look, mask, F-PAM and last correction."""
+
+    y: Tensor
+    mask: Tensor | None
+    noise: float
+    alignment: AlignmentRun
+    correction: Tensor | None = None
+    correction_variance: float = 0.0
+
+
+@dataclass
+class Counters:
+    """Work done by a run, for benchmarks."""
+
+    decodes: int = 0
+    decoder_backwards: int = 0
+    updates: int = 0
+
+
+class PosteriorRun:
+    """All state of one sampling run under posterior guidance.
+
+    Args:
+        settings: of the guidance.
+        alignment: of F-PAM.
+        quality: constraints, or None.
+        y: (B, 3, H, W) degraded pictures in 0..1, plain tensors on the VAE's device.
+        mask: (B, 1, H, W) or None.
+        decoder, encoder: of the VAE.
+        vgg: VGG16 tensors or None.
+        model_sampling: the host's.
+        sigmas: whole schedule.
+        seed: of the run.
+        noise: (B, ...) initial noise; its bytes tell the pictures of a batch apart, so that a picture restored alone behaves the same.
+    """
+
+    def __init__(self, settings: Posterior, alignment: Alignment, quality: Quality | None, y: Tensor, mask: Tensor | None, decoder: PixelDecoder,
+                 encoder: LatentEncoder, vgg: dict[str, Tensor] | None, model_sampling: object, sigmas: Tensor, seed: int, noise: Tensor) -> None:
+        self.settings, self.quality, self.decoder = settings, quality, decoder
+        self.model_sampling = model_sampling
+        self.tile = settings.tile
+        self.counters = Counters()
+        self.started = False
+        self.sigmas = [float(sigma) for sigma in sigmas]
+        decoder.prepare()
+        perceptual = Perceptual(encoder, vgg)
+        self.rows = []
+        for index in range(len(y)):
+            picture = y[index:index + 1]
+            generator = torch.Generator().manual_seed(row_seed(seed, noise[index]))
+            known = known_degradation(picture, quality, alignment.grid, alignment.grey)
+            level = (settings.noise or known.noise) + MISFIT
+            run = AlignmentRun(alignment, picture, known, perceptual, generator)
+            self.rows.append(Row(picture, None if mask is None else mask[index:index + 1], level, run))
+
+    def guide(self, x0: Tensor, sigma: float) -> Tensor:
+        """Move the predictions of one evaluation.
+
+        Args:
+            x0: (B, C, h, w) or with one frame, the model's predictions; companions follow after the first B.
+            sigma: of the evaluation.
+
+        Returns:
+            The tensor that the sampler shall take for the prediction.
+        """
+        time = model_time(self.model_sampling, sigma)
+        batch = len(self.rows)
+        with gradients():
+            parts = list(x0.clone().split(1))
+            for index, row in enumerate(self.rows):
+                companion = parts[batch + index] if len(parts) > batch else None
+                self._learn(row, parts[index], companion, time)
+                if time < self.settings.guide_below:
+                    parts[index] = self._move(row, parts[index], companion, sigma, time)
+            self.started = True
+            return torch.cat(parts)
+
+    def gradient(self, x0: Tensor, sigma: float) -> Tensor:
+        """Gradient of the likelihood term at the predictions, for `through_model`; zero above t1 and for companions."""
+        time = model_time(self.model_sampling, sigma)
+        g = torch.zeros_like(x0)
+        if time < self.settings.guide_below:
+            for index, row in enumerate(self.rows):
+                g[index:index + 1] = self._with_smaller_tiles(self._likelihood, row, x0[index:index + 1].detach().clone(), None, time)[0]
+        return g
+
+    def descend(self, x0: Tensor, g: Tensor, direction: Tensor, sigma: float) -> Tensor:
+        """Take the line-searched step of every picture along `direction`, given the likelihood's gradient g at x0."""
+        time = model_time(self.model_sampling, sigma)
+        with gradients():
+            parts, slopes, ways = (list(t.clone().split(1)) for t in (x0, g, direction))
+            for index, row in enumerate(self.rows):
+                self._learn(row, parts[index], None, time)
+                if time < self.settings.guide_below:
+                    step = self._step_length(row, parts[index], slopes[index], ways[index], self._variance(sigma), None)
+                    parts[index] = parts[index] + step.clamp(max=1.0) * ways[index]
+            self.started = True
+            return torch.cat(parts)
+
+    def _learn(self, row: Row, z0: Tensor, companion: Tensor | None, time: float) -> None:
+        """Train F-PAM on crops of the predictions; a run that starts below t1 first catches up."""
+        late = time < self.settings.guide_below
+        a = row.alignment.alignment
+        updates = a.warmup if late and not self.started else a.updates
+        for _ in range(updates):
+            interrupt_point()
+            crop, window = self._decoded_crop(row, z0, companion)
+            row.alignment.update(crop, window, late)
+            self.counters.updates += 1
+
+    def _decoded_crop(self, row: Row, z0: Tensor, companion: Tensor | None) -> tuple[Tensor, Window]:
+        cell = self.decoder.cell
+        rows, columns = z0.shape[-2:]
+        side = max(1, row.alignment.alignment.crop // cell)
+        tall, wide = min(side, rows), min(side, columns)
+        top, left = (int(torch.randint(0, limit + 1, (), generator=row.alignment.generator)) for limit in (rows - tall, columns - wide))
+        z = z0 if companion is None else torch.cat([z0, companion])
+        with torch.no_grad():
+            crop, window = self._decode_window(z, (top, top + tall, left, left + wide))
+        self.counters.decodes += 1
+        return crop.detach(), window
+
+    def _move(self, row: Row, z0: Tensor, companion: Tensor | None, sigma: float, time: float) -> Tensor:
+        variance = self._variance(sigma)
+        index = min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigma))
+        if row.correction is not None and index % self.settings.every:
+            return z0 + row.correction * min(1.0, variance / row.correction_variance)
+        if self.settings.published:
+            moved = self._published_step(row, z0, companion, sigma, index, time)
+        else:
+            moved = self._solve(row, z0, companion, variance, time)
+        row.correction, row.correction_variance = moved - z0, variance
+        return moved
+
+    def _solve(self, row: Row, z0: Tensor, companion: Tensor | None, variance: float, time: float) -> Tensor:
+        """Nonlinear conjugate gradients (Polak-Ribiere) with a Gauss-Newton line search."""
+        z, direction, before = z0, None, None
+        for _ in range(self.settings.steps):
+            interrupt_point()
+            likelihood, seen = self._with_smaller_tiles(self._likelihood, row, z, companion, time)
+            g = likelihood + (z - z0) / variance
+            if direction is None:
+                direction = -g
+            else:
+                beta = ((g * (g - before)).sum() / before.square().sum().clamp(min=1e-30)).clamp(min=0)
+                direction = -g + beta * direction
+            step = self._step_length(row, z, g, direction, variance, seen)
+            z, before = z + step * direction, g
+        return z
+
+    def _step_length(self, row: Row, z: Tensor, g: Tensor, direction: Tensor, variance: float, seen: list[Tensor] | None) -> Tensor:
+        """Minimum of the quadratic model along a direction: the likelihood's curvature from one more decode, the prior's known."""
+        size = direction.square().mean().sqrt()
+        if not torch.isfinite(size) or size == 0:
+            return z.new_zeros(())
+        probe = 0.1 * variance**0.5 / size
+        with torch.no_grad():
+            here = seen or self._with_smaller_tiles(self._looks, row, z)
+            there = self._with_smaller_tiles(self._looks, row, z + probe * direction)
+        change = sum((a - b).square().sum() for a, b in zip(here, there)) if len(here) == len(there) else z.new_zeros(())
+        curvature = self._weight(row) * change / probe**2 + direction.square().sum() / variance
+        return (-(g * direction).sum() / curvature).clamp(min=0)
+
+    def _published_step(self, row: Row, z0: Tensor, companion: Tensor | None, sigma: float, index: int, time: float) -> Tensor:
+        """x_next -= s * dL/dx0 on the papers' variance preserving state, as the change of x0 that gives it under Euler or DDIM."""
+        g, _ = self._with_smaller_tiles(self._likelihood, row, z0, companion, time)
+        mean_gradient = g / (self._weight(row) * row.y.numel() / 2)
+        following = self.sigmas[index + 1] if index + 1 < len(self.sigmas) else 0.0
+        scale = self.settings.published_scale * (z0.shape[-1] * z0.shape[-2] / 4096)
+        preserved = (1 + noise_to_signal(self.model_sampling, following) ** 2) ** 0.5
+        return z0 - self.settings.strength * scale * preserved * mean_gradient / max(1 - following / max(sigma, 1e-6), 1e-3)
+
+    def _likelihood(self, row: Row, z: Tensor, companion: Tensor | None, time: float) -> tuple[Tensor, list[Tensor]]:
+        """Gradient of strength * N / (2 s^2) * (L + Q) and psi of every tile."""
+        g, looks = torch.zeros_like(z), []
+        for region in self._regions(z):
+            leaf = z.detach().clone().requires_grad_(True)
+            x, window = self._decode_window(leaf, region)
+            other = None
+            if companion is not None and row.alignment.alignment.residual > 0:
+                with torch.no_grad():
+                    other = self._decode_window(companion, region)[0]
+            loss, seen = row.alignment.distance(x, window, other, row.mask)
+            if self.quality is not None:
+                loss = loss + quality_loss(x, self.quality, time)
+            part, = torch.autograd.grad(loss * (self._weight(row) * x.numel() / 2), leaf)
+            g += part
+            looks.append(seen.detach())
+            self.counters.decodes += 1
+            self.counters.decoder_backwards += 1
+        return g, looks
+
+    def _looks(self, row: Row, z: Tensor) -> list[Tensor]:
+        looks = []
+        for region in self._regions(z):
+            x, window = self._decode_window(z, region)
+            looks.append(row.alignment.look(x, window, row.mask))
+            self.counters.decodes += 1
+        return looks
+
+    def _weight(self, row: Row) -> float:
+        return self.settings.strength / row.noise**2
+
+    def _variance(self, sigma: float) -> float:
+        """Variance left to a latent of unit deviation once x is known."""
+        ratio = max(noise_to_signal(self.model_sampling, sigma), 1e-3) ** 2
+        return ratio / (1 + ratio)
+
+    def _regions(self, z: Tensor) -> list[tuple[int, int, int, int]]:
+        """Cover a latent with (top, bottom, left, right) regions of at most a tile, even in size."""
+        spans = []
+        for side in z.shape[-2:]:
+            count = -(-side // self.tile)
+            edges = [round(i * side / count) for i in range(count + 1)]
+            spans.append(list(zip(edges, edges[1:])))
+        return [(top, bottom, left, right) for top, bottom in spans[0] for left, right in spans[1]]
+
+    def _decode_window(self, z: Tensor, region: tuple[int, int, int, int]) -> tuple[Tensor, Window]:
+        """Decode a region of a latent with a halo around it, so that the decoder sees its neighbours and no seam can form."""
+        top, bottom, left, right = region
+        rows, columns = z.shape[-2:]
+        outer_top, outer_left = max(0, top - HALO), max(0, left - HALO)
+        x = self.decoder(z[..., outer_top:min(rows, bottom + HALO), outer_left:min(columns, right + HALO)])
+        cell = self.decoder.cell
+        inner = x[..., (top - outer_top) * cell:(bottom - outer_top) * cell, (left - outer_left) * cell:(right - outer_left) * cell]
+        return inner, (top * cell, left * cell, rows * cell, columns * cell)
+
+    def _with_smaller_tiles(self, work, *arguments):  # noqa: ANN001 - passes through whatever `work` takes and gives
+        """Retry with halved tiles when the device runs out of memory."""
+        while True:
+            try:
+                return work(*arguments)
+            except OUT_OF_MEMORY as error:
+                reraise_unless_out_of_memory(error)
+                if self.tile <= LEAST_TILE:
+                    raise MemoryError("Apply Posterior Guidance: the decoder's backward pass does not fit in memory even on the smallest tiles; "
+                                      "use a smaller picture for 'degraded' (and the latent), or a lighter 'vae'") from error
+            self.tile = max(LEAST_TILE, self.tile // 2)
+
+
+def row_seed(seed: int, noise: Tensor) -> int:
+    """A seed for one picture of a batch that it would also have if it were sampled alone."""
+    return (int(seed) * 1_000_003 + zlib.crc32(noise.detach().float().cpu().contiguous().numpy().tobytes())) % 2**63

@@ -1,0 +1,83 @@
+"""Recurrent refinement (LD-RPS, section 3.4): noise the result to gamma T and sample again, a round at a time."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import comfy.samplers
+
+from ..model_patches.host import interrupt_point
+from .posterior_guidance import row_seed
+
+if TYPE_CHECKING:
+    from comfy.sd import VAE
+
+
+class RecurrentSampler(comfy.samplers.Sampler):
+    """A sampler that runs another one, then `rounds` more times from a lower noise level.
+
+    Args:
+        inner: any host sampler.
+        rounds: extra passes; 0 is the inner sampler alone.
+        gamma: model time (fraction of the schedule) that each extra pass starts from.
+        vae: when given, every round decodes and re-encodes its start, as the paper words it; otherwise the latent itself is re-noised, as the
+            reference code does.
+    """
+
+    def __init__(self, inner: comfy.samplers.Sampler, rounds: int, gamma: float, vae: "VAE | None" = None) -> None:
+        self.inner, self.rounds, self.gamma, self.vae = inner, rounds, gamma, vae
+
+    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor, latent_image: Tensor | None = None,
+               denoise_mask: Tensor | None = None, disable_pbar: bool = False) -> Tensor:
+        """Sample as the host's Sampler.sample does; the callback counts steps across all rounds."""
+        base = model_wrap.inner_model
+        later = round_sigmas(sigmas, float(base.model_sampling.percent_to_sigma(1 - self.gamma)))
+        total = len(sigmas) - 1 + self.rounds * (len(later) - 1)
+        x = self.inner.sample(model_wrap, sigmas, extra_args, _counting(callback, 0, total), noise, latent_image, denoise_mask, disable_pbar)
+        for index in range(self.rounds if len(later) > 1 else 0):
+            interrupt_point()
+            done = len(sigmas) - 1 + index * (len(later) - 1)
+            start = x if self.vae is None else self._reencode(base, x)
+            fresh = round_noise(noise, extra_args.get("seed") or 0, index)
+            x = self.inner.sample(model_wrap, later, _with_schedule(extra_args, later), _counting(callback, done, total), fresh, start, denoise_mask,
+                                  disable_pbar)
+        return x
+
+    def _reencode(self, base: Any, x: Tensor) -> Tensor:
+        raw = base.process_latent_out(x)
+        picture = self.vae.decode(raw[:, :, 0] if raw.ndim == 5 and self.vae.latent_dim == 2 else raw)
+        picture = picture.reshape(-1, *picture.shape[-3:])
+        return base.process_latent_in(self.vae.encode(picture)).reshape(x.shape).to(x)
+
+
+def round_sigmas(sigmas: Tensor, start: float) -> Tensor:
+    """The part of a schedule below `start`, begun at `start` itself: the same steps per unit of noise as the first pass.
+
+    Args:
+        sigmas: (n + 1,) falling.
+        start: sigma of gamma T.
+    """
+    start = min(start, float(sigmas[0]))
+    below = sigmas[sigmas < start * (1 - 1e-4)]
+    return torch.cat([sigmas.new_tensor([start]), below])
+
+
+def round_noise(noise: Tensor, seed: int, index: int) -> Tensor:
+    """Noise of an extra round, one generator a picture so that batches equal single runs; zero where the run has no noise."""
+    rows = [torch.randn(row.shape, generator=torch.Generator().manual_seed(row_seed(seed + index + 1, row))).to(row) if row.any() else row for row in noise]
+    return torch.stack(rows)
+
+
+def _with_schedule(extra_args: dict, sigmas: Tensor) -> dict:
+    """The round's own schedule where patches look for it."""
+    model_options = dict(extra_args["model_options"])
+    model_options["transformer_options"] = {**model_options.get("transformer_options", {}), "sample_sigmas": sigmas}
+    return {**extra_args, "model_options": model_options}
+
+
+def _counting(callback: Callable | None, done: int, total: int) -> Callable | None:
+    if callback is None:
+        return None
+    return lambda step, x0, x, _: callback(step + done, x0, x, total)

@@ -15,13 +15,15 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
         self.decay = decay
-        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Blend in the current parameters; early steps count more so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in module.named_parameters():
+            if name not in self.shadow:
+                continue
             self.shadow[name].lerp_(p, 1 - decay)
 
 

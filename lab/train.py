@@ -1,4 +1,4 @@
-"""Train the lab prior: `python dev train-lab [vae] [unet] [dit]`. Everything follows from seeds; a killed run goes on where it stood."""
+"""Train the lab prior: `python dev train-lab [vae] [decoder] [unet] [dit]`. Everything follows from seeds; a killed run goes on where it stood."""
 
 import argparse
 import os
@@ -23,6 +23,7 @@ from .vocabulary import PAD, WORDS, describe
 
 BATCH = 16
 WEIGHTS = Path(__file__).parent / "weights"
+PARTS = ("vae", "decoder", "unet", "dit")
 SAVE_EVERY = 60.0
 # The host's SD3 latent format, which both denoisers use: process_in(z) = (z - shift) * scale.
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
@@ -63,10 +64,13 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, T
     return average
 
 
-def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int) -> None:
-    """Train the VAE and write lab/weights/vae.safetensors."""
+def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int, decoder_only: bool = False) -> None:
+    """Train the VAE and write lab/weights/vae.safetensors; with `decoder_only` the latents of existing weights stay what they are."""
     store = cached_pictures(cache, count)
     model = build_autoencoder().to(device, memory_format=torch.channels_last)
+    if decoder_only:
+        model.load_state_dict(load_file(WEIGHTS / "vae.safetensors"))
+        model.taesd_encoder.requires_grad_(False)
     held_out = torch.stack([evaluation_photograph(name) for name in EVALUATION]).to(device)
 
     def loss_of(step: int) -> tuple[Tensor, Tensor]:
@@ -75,7 +79,7 @@ def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int)
 
     def evaluate(average: Average) -> None:
         averaged = build_autoencoder().to(device)
-        averaged.load_state_dict(average.shadow, strict=False)
+        averaged.load_state_dict({**model.state_dict(), **average.shadow})
         with torch.no_grad():
             error = (averaged.taesd_decoder(averaged.taesd_encoder(held_out)).clamp(0, 1) - held_out).square().flatten(1).mean(1)
         log("vae held-out PSNR " + " ".join(f"{v:.2f}" for v in (-10 * error.log10()).tolist()) + "")
@@ -83,7 +87,8 @@ def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int)
         averaged.vae_shift.fill_(LATENT_SHIFT)
         save_weights(WEIGHTS / "vae.safetensors", averaged.state_dict(), {"mend.kind": "lab_vae", "mend.lab.steps": str(steps)})
 
-    train("vae", model, loss_of, cache / "vae.run.safetensors", steps, 8e-4, evaluate)
+    name = "decoder" if decoder_only else "vae"
+    train(name, model, loss_of, cache / f"{name}.run.safetensors", steps, 4e-4 if decoder_only else 8e-4, evaluate)
 
 
 def encode_pictures(cache: Path, device: torch.device, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +153,7 @@ def save_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 def main() -> None:
     """Train the named parts, or all of them in order."""
     parser = argparse.ArgumentParser(prog="python dev train-lab", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=["vae", "unet", "dit", []], help="default: all three, in this order")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all, in this order")
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend")) / "lab")
     parser.add_argument("--steps", type=int, help="stop after so many steps")
     parser.add_argument("--pictures", type=int, default=8000)
@@ -158,9 +163,9 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     headless.boot()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for part in arguments.parts or ["vae", "unet", "dit"]:
-        if part == "vae":
-            train_autoencoder(arguments.cache, device, arguments.steps or 3200, arguments.pictures)
+    for part in arguments.parts or PARTS:
+        if part in ("vae", "decoder"):
+            train_autoencoder(arguments.cache, device, arguments.steps or 3400, arguments.pictures, part == "decoder")
         else:
             train_denoiser(part, arguments.cache, device, arguments.steps or 4000, arguments.pictures)
 

@@ -15,6 +15,7 @@ from .quality import Quality, dark_channel
 
 CURVE_POINTS = 257
 LEVELS = 0.005
+LEAST_RANGE = 0.02
 CLARITY_SHARE = 0.95
 LEAST_TRANSMISSION = 0.15
 LUMA = (0.2126, 0.7152, 0.0722)
@@ -102,6 +103,8 @@ def _tone_curve(y: Tensor, target: float) -> Tensor:
     """Levels and a power: the curve c with mean(c^-1(y)) = target, as values of c over 0..1."""
     values = _sample(y)
     low, high = torch.quantile(values, LEVELS), torch.quantile(values, 1 - LEVELS)
+    if high - low < LEAST_RANGE:
+        low, high = torch.zeros_like(low), torch.ones_like(high)
     stretched = ((values - low) / (high - low).clamp(min=1e-3)).clamp(0, 1)
     shortest, longest = 0.2, 5.0
     for _ in range(30):

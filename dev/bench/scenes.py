@@ -56,7 +56,7 @@ def eight_bit(image: Tensor) -> Tensor:
 
 def figures(image: Tensor, clean: Tensor) -> dict[str, float]:
     """Return PSNR (dB), SSIM and HaarPSI of (1, H, W, 3) pictures in 0..1."""
-    image = eight_bit(image)
+    image = eight_bit(image.detach())
     error = (image - clean).square().mean().item()
     a, b = image.movedim(-1, 1), clean.movedim(-1, 1)
     return {

@@ -17,6 +17,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..degradations.evaluation import degrade
+from .bench.scenes import CAPTIONS
 from .console import say
 from .queue_run import ProgressLines
 from .workflow_client import Client, Result, queue_workflow
@@ -32,10 +33,12 @@ GAP = 4
 # What the workflow is told about each degradation, as --set would tell it.
 SETTINGS = {
     "noise": ["MendFPAMAlignment.preset=noise"],
-    "lowlight": ["MendFPAMAlignment.preset=low light"],
-    "haze": ["MendFPAMAlignment.preset=haze"],
+    "lowlight": ["MendFPAMAlignment.preset=low light", "MendQualityPrior.exposure=0.01"],
+    "haze": ["MendFPAMAlignment.preset=haze", "MendQualityPrior.clarity=0.01"],
     "grey": ["MendFPAMAlignment.preset=colourise"],
 }
+# What the default photograph shows. A photograph of the user's gets no words: none are better than wrong ones.
+CAPTION = f"What the Picture Shows.text={CAPTIONS['coffee']}"
 
 
 def default_photograph() -> Image.Image:
@@ -122,7 +125,7 @@ def demonstrate(options: argparse.Namespace) -> dict[str, object]:
     before = degraded(truth, options.degradation, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     before.save(options.out / "before.png")
-    settings = SETTINGS[options.degradation] + options.settings
+    settings = SETTINGS[options.degradation] + ([] if options.input else [CAPTION]) + options.settings
     with tempfile.TemporaryDirectory() as folder:
         after, result = asyncio.run(restore(options.server, options.out / "before.png", settings, options.seed, Path(folder)))
     after.save(options.out / "after.png")

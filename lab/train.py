@@ -1,6 +1,7 @@
 """Train the lab prior: `python dev train-lab [vae] [decoder] [unet] [dit]`. Everything follows from seeds; a killed run goes on where it stood."""
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -25,12 +26,13 @@ BATCH = 16
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("vae", "decoder", "unet", "dit")
 SAVE_EVERY = 60.0
+PREVIEW_PICTURES = 64
 # The host's SD3 latent format, which both denoisers use: process_in(z) = (z - shift) * scale.
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 
 
 def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, Tensor]], run: Path, steps: int, peak: float,
-          evaluate: Callable[[Average], None]) -> Average:
+          evaluate: Callable[[Average, int], None]) -> Average:
     """Train to `steps`, saving about once a minute.
 
     Args:
@@ -40,7 +42,7 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, T
         run: file that holds the state of the run.
         steps: total steps, over all resumptions.
         peak: highest learning rate.
-        evaluate: called with the averaged weights whenever the run is saved.
+        evaluate: called with the averaged weights and the steps taken whenever the run is saved.
 
     Returns:
         The averaged weights.
@@ -59,7 +61,7 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, T
             save_run(run, step + 1, module, average, optimizer)
             recent = torch.stack(figures[-100:]).mean().item()
             log(f"{name} step {step + 1}/{steps} figure {recent:.4f} {time.monotonic() - begun:.0f} s")
-            evaluate(average)
+            evaluate(average, step + 1)
             saved = time.monotonic()
     return average
 
@@ -74,10 +76,10 @@ def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int,
     held_out = torch.stack([evaluation_photograph(name) for name in EVALUATION]).to(device)
 
     def loss_of(step: int) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             return autoencoder_loss(model, crops(store, step).to(device, memory_format=torch.channels_last))
 
-    def evaluate(average: Average) -> None:
+    def evaluate(average: Average, done: int) -> None:
         averaged = build_autoencoder().to(device)
         averaged.load_state_dict({**model.state_dict(), **average.shadow})
         with torch.no_grad():
@@ -85,10 +87,27 @@ def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int,
         log("vae held-out PSNR " + " ".join(f"{v:.2f}" for v in (-10 * error.log10()).tolist()) + "")
         averaged.vae_scale.fill_(LATENT_SCALE)
         averaged.vae_shift.fill_(LATENT_SHIFT)
-        save_weights(WEIGHTS / "vae.safetensors", averaged.state_dict(), {"mend.kind": "lab_vae", "mend.lab.steps": str(steps)})
+        save_weights(WEIGHTS / "vae.safetensors", averaged.state_dict(),
+                     {"mend.kind": "lab_vae", "mend.lab.steps": str(done), "mend.preview": json.dumps(preview_colours(averaged, store, device))})
 
     name = "decoder" if decoder_only else "vae"
     train(name, model, loss_of, cache / f"{name}.run.safetensors", steps, 4e-4 if decoder_only else 8e-4, evaluate)
+
+
+def preview_colours(model: nn.Module, store: np.ndarray, device: torch.device) -> tuple[list[list[float]], list[float]]:
+    """Fit what the host's previews need: colours in -1..1 as a linear function of the 16 channels that samplers see.
+
+    Returns:
+        (16 x 3 factors, 3 biases).
+    """
+    pictures = torch.from_numpy(store[:PREVIEW_PICTURES].copy()).permute(0, 3, 1, 2).to(device).float() / 255
+    with torch.no_grad():
+        z = model.taesd_encoder(pictures)
+    colours = torch.nn.functional.avg_pool2d(pictures, pictures.shape[-1] // z.shape[-1]) * 2 - 1
+    channels = torch.cat([z, torch.ones_like(z[:, :1])], 1).movedim(1, -1).flatten(0, 2)
+    solution = torch.linalg.lstsq(channels.double().cpu(), colours.movedim(1, -1).flatten(0, 2).double().cpu()).solution
+    rounded = [[round(value, 4) for value in row] for row in solution.tolist()]
+    return rounded[:-1], rounded[-1]
 
 
 def encode_pictures(cache: Path, device: torch.device, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +122,7 @@ def encode_pictures(cache: Path, device: torch.device, count: int) -> tuple[np.n
     rows = []
     for start in range(0, count, 32):
         x = torch.from_numpy(store[start:start + 32]).permute(0, 3, 1, 2).to(device).float() / 255
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), half_precision(device):
             rows.append(model.taesd_encoder(x).cpu().half().numpy())
         if start % 1024 == 0:
             log(f"encoded {start}/{count}")
@@ -125,15 +144,20 @@ def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, cou
         rows = rng.integers(len(latents), size=BATCH)
         z = torch.from_numpy(latents[np.sort(rows)]).to(device, memory_format=torch.channels_last).float()
         ids = dropped_ids(captions[np.sort(rows)], rng).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             return unet_loss(model, z, ids, alphas_cumprod) if kind == "unet" else dit_loss(model, z, ids)
 
-    def evaluate(average: Average) -> None:
+    def evaluate(average: Average, done: int) -> None:
         tensors = {**model.state_dict(), **average.shadow}
         renamed = {k.replace("net.", "model.diffusion_model.", 1) if k.startswith("net.") else k: v for k, v in tensors.items()}
-        save_weights(WEIGHTS / f"{kind}.safetensors", renamed, {"mend.kind": f"lab_{kind}", "mend.lab.steps": str(steps)})
+        save_weights(WEIGHTS / f"{kind}.safetensors", renamed, {"mend.kind": f"lab_{kind}", "mend.lab.steps": str(done)})
 
     train(kind, model, loss_of, cache / f"{kind}.run.safetensors", steps, 1.5e-3, evaluate)
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 where it is fast: processors without matrix units for it take ten times as long as in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
 
 
 def log(line: str) -> None:

@@ -21,7 +21,7 @@ class Frame:
         scaled: size after the change of scale, before padding.
         offset: (top, left) corner of the scaled picture in the framed one.
         framed: size after padding.
-        alpha: (B, H, W, 1) in 0..1 at the original size, or None if the pictures had none.
+        alpha: (B, H, W, 1) in 0..1 at the original size, or None if nothing in the pictures is transparent.
     """
 
     original: Size
@@ -45,16 +45,16 @@ def frame_pictures(image: Tensor, scale: float = 1.0, multiple: int = 16) -> tup
     Raises:
         ValueError: the pictures are empty, not finite, of another layout, or too large once scaled.
     """
-    check_pictures(image, "Frame Image")
-    check_finite(image, "Frame Image")
+    pictures = rgb_pictures(image, "Frame Image")
     original = (image.shape[1], image.shape[2])
     scaled = (max(1, round(original[0] * scale)), max(1, round(original[1] * scale)))
     framed = (-(-scaled[0] // multiple) * multiple, -(-scaled[1] // multiple) * multiple)
     if max(framed) > MAX_SIDE:
         raise ValueError(f"Frame Image: scale {scale:g} would make the picture {_size_text(framed)} pixels, "
                          f"and sides beyond {MAX_SIDE} are not supported. Lower scale.")  # fmt: skip
-    padded = pad_to(resize(to_rgb(image), scaled), framed)
-    alpha = image[..., 3:].clone() if image.shape[-1] == 4 else None
+    padded = pad_to(resize(pictures, scaled), framed)
+    seen_through = image.shape[-1] == 4 and bool((image[..., 3] < 1).any())
+    alpha = image[..., 3:].clone() if seen_through else None
     return padded, Frame(original, scaled, _offset(scaled, framed), framed, alpha)
 
 
@@ -67,7 +67,7 @@ def unframe_pictures(image: Tensor, frame: Frame) -> Tensor:
         frame: what `frame_pictures` returned.
 
     Returns:
-        (N, h, w, 3), or 4 channels if the framed pictures had alpha.
+        (N, h, w, 3), or 4 channels if the framed pictures were transparent anywhere.
 
     Raises:
         ValueError: the pictures are empty, of another layout, or of a size that does not fit the frame.
@@ -81,6 +81,13 @@ def unframe_pictures(image: Tensor, frame: Frame) -> Tensor:
         return inner
     alpha = comfy.utils.repeat_to_batch_size(frame.alpha.to(inner), len(inner))
     return torch.cat([inner, resize(alpha, size)], -1)
+
+
+def rgb_pictures(image: Tensor, node: str, name: str = "image") -> Tensor:
+    """Return (B, H, W, 3) of an IMAGE that passes `check_pictures` and `check_finite`."""
+    check_pictures(image, node, name)
+    check_finite(image, node, name)
+    return to_rgb(image)
 
 
 def check_pictures(image: Tensor, node: str, name: str = "image") -> None:

@@ -163,6 +163,11 @@ def noise_to_signal(model_sampling: Any, sigma: float) -> float:
     return sigma / max(1 - sigma, 1e-4) if is_flow(model_sampling) else sigma
 
 
+def signal_level(model_sampling: Any, sigma: float) -> float:
+    """What x holds of the clean latent at this sigma: 1, or 1 - sigma for flow models."""
+    return 1 - sigma if is_flow(model_sampling) else 1.0
+
+
 def add_run_wrappers(patcher: "ModelPatcher", key: str, wrappers: dict[str, Callable]) -> None:
     """Register wrappers under a key that is free on this patcher, so that the same node can be applied twice."""
     taken = {name for group in patcher.wrappers.values() for name in group}

@@ -1,12 +1,15 @@
 """LD-RPS, zero-shot restoration by recurrent posterior sampling in latent space, as parts that chain (arXiv 2507.00790)."""
 
 import logging
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from comfy_api.latest import io
 
+from ..model_patches.framing import rgb_pictures
 from ..model_patches.perceptual import vgg16_weights
 from ..samplers.alignment import Alignment
 from ..samplers.first_guess import first_guess, known_degradation
@@ -16,10 +19,16 @@ from ..samplers.presets import ALIGNMENTS
 from ..samplers.quality import Quality
 from ..samplers.recurrence import RecurrentSampler
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.samplers import Sampler
+    from comfy.sd import VAE
+
 AlignmentSocket = io.Custom("MEND_ALIGNMENT")
 QualitySocket = io.Custom("MEND_QUALITY")
 
 OF_PRESET = "-1 keeps the preset's value."
+BELOW = "Acts once sampling has come down to this model timestep (of 1000)."
 
 
 def _weight(name: str, most: float, step: float, tooltip: str) -> io.Input:
@@ -31,18 +40,24 @@ def _count(name: str, most: int, tooltip: str) -> io.Input:
 
 
 class FPAMAlignment(io.ComfyNode):
+    """Declares F-PAM Alignment."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
         return io.Schema(
             node_id="MendFPAMAlignment",
             display_name="F-PAM Alignment",
             category="restoration/zero-shot",
-            description="Choose what is wrong with the picture. During sampling a small network learns what this damage does to a clean picture, so "
-                        "that the restoration can be compared with the picture you have.",
+            description="Choose what is wrong with the picture. During sampling a small network learns what this damage does to a clean "
+            "picture, so that the restoration can be compared with the picture you have.",
             search_aliases=["fpam", "alignment", "ld-rps", "denoise photo", "dehaze", "low light", "colorize", "blind restoration"],
             inputs=[
-                io.Combo.Input("preset", options=list(ALIGNMENTS), default="blind",
-                               tooltip="noise: grain and speckle. low light: too dark. haze: fog and veil. colourise: grey photographs. blind: anything else."),
+                io.Combo.Input(
+                    "preset", options=list(ALIGNMENTS), default="blind",
+                    tooltip="noise: grain and speckle. low light: too dark. haze: fog and veil. colourise: grey photographs. blind: "
+                    "anything else.",
+                ),
                 _weight("content", 10, 0.01, "How much the learned damage must keep the content of the picture."),
                 _weight("content_features", 10, 0.001, "The same, measured in perceptual features."),
                 _weight("style", 10, 0.001, "How much its result must look like the damaged picture (discriminator D1)."),
@@ -55,165 +70,233 @@ class FPAMAlignment(io.ComfyNode):
                 _count("warmup", 1000, "Training steps before guidance begins, when sampling starts late."),
                 _count("crop", 2048, "Side in pixels of the crops it trains on."),
                 _count("grid", 64, "Rows and columns of the damage map: 1 for damage that is the same everywhere, more for haze."),
-                io.Combo.Input("start", options=["aligned", "random"], default="aligned", advanced=True,
-                               tooltip="aligned: begin at the damage the quality prior implies. random: begin knowing nothing, as published (needs hundreds of steps)."),
+                io.Combo.Input(
+                    "start", options=["aligned", "random"], default="aligned", advanced=True,
+                    tooltip="aligned: begin at the damage the quality prior implies. random: begin knowing nothing, as published (needs "
+                    "hundreds of steps).",
+                ),
             ],
             outputs=[AlignmentSocket.Output(display_name="alignment", tooltip="For Apply Posterior Guidance and First Guess.")],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, preset: str, start: str, **weights: float) -> io.NodeOutput:
-        known = {field.name for field in fields(Alignment)}
-        changes = {name: value for name, value in weights.items() if name in known and value >= 0}
-        for name in ("crop", "grid"):
-            changes[name] = max(1, changes.get(name, getattr(ALIGNMENTS[preset], name)))
+    def execute(cls, preset: str, start: str, **overrides: float) -> io.NodeOutput:
+        """Return the preset with what the user has set."""
+        changes = {name: value for name, value in overrides.items() if value >= 0}
+        for name in changes.keys() & {"crop", "grid"}:
+            changes[name] = max(1, changes[name])
         return io.NodeOutput(replace(ALIGNMENTS[preset], start=start, **changes))
 
 
 class QualityPrior(io.ComfyNode):
+    """Declares Quality Prior."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        below = "Acts once sampling has come down to this model timestep (of 1000)."
+        """Return the node's face."""
         return io.Schema(
             node_id="MendQualityPrior",
             display_name="Quality Prior",
             category="restoration/zero-shot",
-            description="Say what a good photograph looks like, whatever it shows: well lit, free of a colour cast, free of haze. Set a weight to 0 to "
-                        "leave that side alone.",
+            description="Say what a good photograph looks like, whatever it shows: well lit, free of a colour cast, free of haze. Set a "
+            "weight to 0 to leave that side alone.",
             search_aliases=["quality", "exposure", "brightness", "white balance", "dehaze", "dark channel", "ld-rps"],
             inputs=[
-                io.Float.Input("exposure", default=0.01, min=0, max=10, step=0.001, round=False,
-                               tooltip="Weight of good exposure. Above 0, dark pictures are brightened towards the target."),
-                io.Float.Input("exposure_target", default=0.45, min=0.05, max=0.95, step=0.01, tooltip="Brightness that counts as well exposed."),
-                io.Float.Input("chroma", default=0.0, min=0, max=10, step=0.001, round=False,
-                               tooltip="Weight of neutral colour: pulls the mean colour towards grey. Leave at 0 for pictures that are meant to be one colour."),
-                io.Float.Input("clarity", default=0.0, min=0, max=10, step=0.001, round=False,
-                               tooltip="Weight of clear air. Above 0, the veil of haze is lifted (dark channel prior)."),
-                io.Int.Input("exposure_patch", default=32, min=1, max=1024, advanced=True, tooltip="Side in pixels of the neighbourhoods whose brightness is judged."),
-                io.Int.Input("exposure_below", default=100, min=0, max=1000, advanced=True, tooltip=f"Exposure. {below}"),
-                io.Int.Input("chroma_below", default=100, min=0, max=1000, advanced=True, tooltip=f"Chroma. {below}"),
-                io.Int.Input("clarity_below", default=150, min=0, max=1000, advanced=True, tooltip=f"Clarity. {below}"),
+                io.Float.Input(
+                    "exposure", default=0.01, min=0, max=10, step=0.001, round=False,
+                    tooltip="Weight of good exposure. Above 0, dark pictures are brightened towards the target.",
+                ),
+                io.Float.Input(
+                    "exposure_target", default=0.45, min=0.05, max=0.95, step=0.01, tooltip="Brightness that counts as well exposed."
+                ),
+                io.Float.Input(
+                    "chroma", default=0.0, min=0, max=10, step=0.001, round=False,
+                    tooltip="Weight of neutral colour: pulls the mean colour towards grey. Leave at 0 for pictures that are meant to be "
+                    "one colour.",
+                ),
+                io.Float.Input(
+                    "clarity", default=0.0, min=0, max=10, step=0.001, round=False,
+                    tooltip="Weight of clear air. Above 0, the veil of haze is lifted (dark channel prior).",
+                ),
+                io.Int.Input(
+                    "exposure_patch", default=32, min=1, max=1024, advanced=True,
+                    tooltip="Side in pixels of the neighbourhoods whose brightness is judged.",
+                ),
+                io.Int.Input("exposure_below", default=100, min=0, max=1000, advanced=True, tooltip=f"Exposure. {BELOW}"),
+                io.Int.Input("chroma_below", default=100, min=0, max=1000, advanced=True, tooltip=f"Chroma. {BELOW}"),
+                io.Int.Input("clarity_below", default=150, min=0, max=1000, advanced=True, tooltip=f"Clarity. {BELOW}"),
             ],
             outputs=[QualitySocket.Output(display_name="quality", tooltip="For Apply Posterior Guidance and First Guess.")],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, exposure: float, exposure_target: float, chroma: float, clarity: float, exposure_patch: int, exposure_below: int,
-                chroma_below: int, clarity_below: int) -> io.NodeOutput:
-        return io.NodeOutput(Quality(exposure, exposure_target, exposure_patch, exposure_below / 1000, chroma, chroma_below / 1000, clarity,
-                                     clarity_below / 1000))
+    def execute(
+        cls, exposure: float, exposure_target: float, chroma: float, clarity: float, exposure_patch: int, exposure_below: int,
+        chroma_below: int, clarity_below: int,
+    ) -> io.NodeOutput:  # fmt: skip
+        """Return the constraints, with model timesteps as fractions of the schedule."""
+        quality = Quality(
+            exposure, exposure_target, exposure_patch, exposure_below / 1000, chroma, chroma_below / 1000, clarity, clarity_below / 1000
+        )
+        return io.NodeOutput(quality)
 
 
 class FirstGuess(io.ComfyNode):
+    """Declares First Guess."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
         return io.Schema(
             node_id="MendFirstGuess",
             display_name="First Guess",
             category="restoration/zero-shot",
-            description="Undo brightness and haze pixel by pixel, as the quality prior asks, without any model. Encode the result for sampling to start "
-                        "from; noise and lost detail are left to the model.",
+            description="Undo brightness and haze pixel by pixel, as the quality prior asks, without any model. Encode the result for "
+            "sampling to start from; noise and lost detail are left to the model.",
             search_aliases=["auto levels", "brighten", "dehaze", "tone", "exposure fix", "ld-rps"],
             inputs=[
                 io.Image.Input("degraded", tooltip="The damaged picture."),
                 AlignmentSocket.Input("alignment", tooltip="From F-PAM Alignment: the kind of damage."),
-                QualitySocket.Input("quality", optional=True, tooltip="From Quality Prior. Without it the picture is passed on unchanged."),
+                QualitySocket.Input(
+                    "quality", optional=True, tooltip="From Quality Prior. Without it the picture is passed on unchanged."
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The guess, as large as the input.")],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, degraded: torch.Tensor, alignment: Alignment, quality: Quality | None = None) -> io.NodeOutput:
-        pictures = checked_pictures(degraded, "First Guess")
-        guesses = [first_guess(y, known_degradation(y, quality, alignment.grid, alignment.grey)) for y in pictures.movedim(-1, 1).split(1)]
+    def execute(cls, degraded: Tensor, alignment: Alignment, quality: Quality | None = None) -> io.NodeOutput:
+        """Return the guesses, each made from its own picture alone."""
+        pictures = rgb_pictures(degraded, "First Guess", "degraded").movedim(-1, 1).split(1)
+        guesses = [first_guess(y, known_degradation(y, quality, alignment.grid, alignment.grey)) for y in pictures]
         return io.NodeOutput(torch.cat(guesses).movedim(1, -1))
 
 
 class ApplyPosteriorGuidance(io.ComfyNode):
+    """Declares Apply Posterior Guidance."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
         return io.Schema(
             node_id="MendApplyPosteriorGuidance",
             display_name="Apply Posterior Guidance",
             category="restoration/zero-shot",
-            description="Make a model restore a picture without training: while it samples, what it predicts is kept consistent with the damaged picture. "
-                        "Works with SD, SDXL, SD3, FLUX and single WAN frames under any sampler.",
+            description="Make a model restore a picture without training: while it samples, what it predicts is kept consistent with the "
+            "damaged picture. Works with SD, SDXL, SD3, FLUX and single WAN frames under any sampler.",
             search_aliases=["restore", "zero-shot", "ld-rps", "posterior sampling", "dps", "denoise", "enhance", "fix photo"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with."),
                 io.Vae.Input("vae", tooltip="The VAE of that model; its decoder compares predictions with your picture."),
-                io.Image.Input("degraded", tooltip="The damaged picture: one for all latents, or one each. The same picture you encoded."),
+                io.Image.Input(
+                    "degraded", tooltip="The damaged picture: one for all latents, or one each. The same picture you encoded."
+                ),
                 AlignmentSocket.Input("alignment", tooltip="From F-PAM Alignment."),
-                QualitySocket.Input("quality", optional=True, tooltip="From Quality Prior, to mend brightness, colour cast or haze too."),
-                io.Mask.Input("mask", optional=True, tooltip="White where the damaged picture is to be followed; black parts are left to the model."),
-                io.Float.Input("strength", default=1.0, min=0.0, max=100.0, step=0.05, round=False,
-                               tooltip="How closely to follow the damaged picture. Lower when damage shows through, higher when the result drifts away. 0 switches it off."),
-                io.Int.Input("t1", default=700, min=0, max=1000,
-                             tooltip="Guidance begins when sampling has come down to this model timestep (of 1000); before it F-PAM only learns."),
-                io.Int.Input("steps", default=2, min=1, max=50, advanced=True, tooltip="Solver steps at each guided sampling step, each one pass back through the VAE decoder."),
-                io.Int.Input("every", default=1, min=1, max=50, advanced=True, tooltip="Guide every k-th sampling step and repeat the last correction in between: faster."),
-                io.Float.Input("noise", default=0.0, min=0.0, max=1.0, step=0.001, round=False, advanced=True,
-                               tooltip="Grain in the damaged picture (deviation of values 0..1; 50 of 255 is 0.196). 0 measures it."),
-                io.Boolean.Input("companion", default=False, advanced=True,
-                                 tooltip="Sample a second, free picture alongside that shows F-PAM clean statistics, as published. Twice the model's work."),
-                io.Combo.Input("gradient", options=["prediction", "through model"], default="prediction", advanced=True,
-                               tooltip="prediction: back through the VAE only. through model: also through the denoiser; exact, slower, needs far more memory, no quantised models."),
-                io.Combo.Input("update", options=["solve", "published"], default="solve", advanced=True,
-                               tooltip="solve: find the best compromise of model and picture. published: one fixed gradient step, as in the reference (hundreds of steps)."),
-                io.Float.Input("published_scale", default=40000.0, min=0.0, max=1e7, step=100.0, advanced=True, tooltip="Scale s of the published update."),
-                io.Int.Input("tile", default=96, min=16, max=1024, advanced=True,
-                             tooltip="Side in latent pixels above which the decoder works on overlapping tiles. Lower it when memory runs out."),
+                QualitySocket.Input(
+                    "quality", optional=True, tooltip="From Quality Prior, to mend brightness, colour cast or haze too."
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="White where the damaged picture is to be followed; black parts are left to the model."
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=100.0, step=0.05, round=False,
+                    tooltip="How closely to follow the damaged picture. Lower when damage shows through, higher when the result drifts "
+                    "away. 0 switches it off.",
+                ),
+                io.Int.Input(
+                    "t1", default=700, min=0, max=1000,
+                    tooltip="Guidance begins when sampling has come down to this model timestep (of 1000); before it F-PAM only learns.",
+                ),
+                io.Int.Input(
+                    "steps", default=2, min=1, max=50, advanced=True,
+                    tooltip="Solver steps at each guided sampling step, each one pass back through the VAE decoder.",
+                ),
+                io.Int.Input(
+                    "every", default=1, min=1, max=50, advanced=True,
+                    tooltip="Guide every k-th sampling step and repeat the last correction in between: faster.",
+                ),
+                io.Float.Input(
+                    "noise", default=0.0, min=0.0, max=1.0, step=0.001, round=False, advanced=True,
+                    tooltip="Grain in the damaged picture (deviation of values 0..1; 50 of 255 is 0.196). 0 measures it.",
+                ),
+                io.Boolean.Input(
+                    "companion", default=False, advanced=True,
+                    tooltip="Sample a second, free picture alongside that shows F-PAM clean statistics, as published. Twice the model's "
+                    "work.",
+                ),
+                io.Combo.Input(
+                    "gradient", options=["prediction", "through model"], default="prediction", advanced=True,
+                    tooltip="prediction: back through the VAE only. through model: also through the denoiser; exact, slower, needs far "
+                    "more memory, no quantised models.",
+                ),
+                io.Combo.Input(
+                    "update", options=["solve", "published"], default="solve", advanced=True,
+                    tooltip="solve: find the best compromise of model and picture. published: one fixed gradient step, as in the reference "
+                    "(hundreds of steps).",
+                ),
+                io.Float.Input(
+                    "published_scale", default=40000.0, min=0.0, max=1e7, step=100.0, advanced=True,
+                    tooltip="Scale s of the published update.",
+                ),
+                io.Int.Input(
+                    "tile", default=96, min=16, max=1024, advanced=True,
+                    tooltip="Side in latent pixels above which the decoder works on overlapping tiles. Lower it when memory runs out.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model under guidance. Sample it like any other.")],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: object, vae: object, degraded: torch.Tensor, alignment: Alignment, strength: float, t1: int, steps: int, every: int, noise: float,
-                companion: bool, gradient: str, update: str, published_scale: float, tile: int, quality: Quality | None = None,
-                mask: torch.Tensor | None = None) -> io.NodeOutput:
-        pictures = checked_pictures(degraded, "Apply Posterior Guidance")
-        settings = Posterior(strength, t1 / 1000, steps, every, noise, companion, gradient == "through model", update == "published", published_scale, tile)
+    def execute(
+        cls, model: "ModelPatcher", vae: "VAE", degraded: Tensor, alignment: Alignment, strength: float, t1: int, steps: int, every: int,
+        noise: float, companion: bool, gradient: str, update: str, published_scale: float, tile: int, quality: Quality | None = None,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        """Return the model under guidance."""
+        pictures = rgb_pictures(degraded, "Apply Posterior Guidance", "degraded")
+        through_model, published = gradient == "through model", update == "published"
+        settings = Posterior(strength, t1 / 1000, steps, every, noise, companion, through_model, published, published_scale, tile)
         vgg = vgg16_weights() if alignment.content_features or alignment.distance_features else None
         logging.info("Mend: perceptual features come from %s", "VGG16" if vgg else "the VAE encoder")
         return io.NodeOutput(GuidedModel(settings, alignment, quality, vae, pictures, mask, vgg).attach(model))
 
 
 class RecurrentRenoising(io.ComfyNode):
+    """Declares Recurrent Re-noising."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
         return io.Schema(
             node_id="MendRecurrentRenoising",
             display_name="Recurrent Re-noising",
             category="restoration/zero-shot",
-            description="Run a sampler again on its own result: noise it part of the way, sample, repeat. Each round starts from a better picture. Useful "
-                        "with posterior guidance, works with any model.",
+            description="Run a sampler again on its own result: noise it part of the way, sample, repeat. Each round starts from a better "
+            "picture. Useful with posterior guidance, works with any model.",
             search_aliases=["recurrent", "refine", "renoise", "multi pass", "iterate sampler", "ld-rps"],
             inputs=[
                 io.Sampler.Input("sampler", tooltip="The sampler to repeat."),
-                io.Int.Input("rounds", default=1, min=0, max=20, tooltip="Extra passes after the first. 0 is the sampler alone; 1 or 2 usually suffice."),
-                io.Float.Input("gamma", default=0.3, min=0.01, max=0.99, step=0.01,
-                               tooltip="How far each pass goes back, as a fraction of the model's time: low keeps more, high changes more. The paper uses 0.5."),
-                io.Vae.Input("vae", optional=True, tooltip="When connected, each pass decodes and encodes its start again, as the paper words it; slower."),
+                io.Int.Input(
+                    "rounds", default=1, min=0, max=20,
+                    tooltip="Extra passes after the first. 0 is the sampler alone; 1 or 2 usually suffice.",
+                ),
+                io.Float.Input(
+                    "gamma", default=0.3, min=0.01, max=0.99, step=0.01,
+                    tooltip="How far each pass goes back, as a fraction of the model's time: low keeps more, high changes more. The paper "
+                    "uses 0.5.",
+                ),
+                io.Vae.Input(
+                    "vae", optional=True,
+                    tooltip="When connected, each pass decodes and encodes its start again, as the paper words it; slower.",
+                ),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, sampler: object, rounds: int, gamma: float, vae: object | None = None) -> io.NodeOutput:
+    def execute(cls, sampler: "Sampler", rounds: int, gamma: float, vae: "VAE | None" = None) -> io.NodeOutput:
+        """Return the sampler that repeats."""
         return io.NodeOutput(RecurrentSampler(sampler, rounds, gamma, vae))
-
-
-def checked_pictures(pictures: torch.Tensor, node: str) -> torch.Tensor:
-    """Return (B, H, W, 3) of an IMAGE, grey spread to three channels.
-
-    Raises:
-        ValueError: for an empty batch or pixels that are not numbers, naming node and input.
-    """
-    if pictures.ndim != 4 or pictures.numel() == 0:
-        raise ValueError(f"{node}: 'degraded' is empty (shape {tuple(pictures.shape)}); connect a picture")
-    if not torch.isfinite(pictures).all():
-        raise ValueError(f"{node}: 'degraded' has pixels that are not numbers (NaN or infinite); find the node that made them")
-    return pictures.expand(-1, -1, -1, 3) if pictures.shape[-1] == 1 else pictures[..., :3]
 
 
 NODES = [FPAMAlignment, QualityPrior, FirstGuess, ApplyPosteriorGuidance, RecurrentRenoising]

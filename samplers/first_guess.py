@@ -6,6 +6,7 @@ a good picture is, the degradation has a closed form; F-PAM starts from it and t
 
 from dataclasses import dataclass
 
+import kornia
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,11 @@ LEAST_RANGE = 0.02
 CLARITY_SHARE = 0.95
 LEAST_TRANSMISSION = 0.15
 LUMA = (0.2126, 0.7152, 0.0722)
+# Grain is averaged away before a tone curve is read off a picture or turned round, which would amplify it where the picture is dark.
+POOL = 8
+GRAIN_WINDOW, GRAIN_RADIUS, GRAIN_RANGE = 9, 2.0, 3.0
+LEAST_GRAIN = 0.002
+BAND = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,12 @@ class KnownDegradation:
     transmission: Tensor
     noise: float
 
+    @property
+    def changes(self) -> bool:
+        """Whether tone or clarity is changed at all."""
+        line = torch.linspace(0, 1, CURVE_POINTS).to(self.curve)
+        return not (torch.equal(self.curve, line) and bool((self.transmission == 1).all()))
+
 
 def known_degradation(y: Tensor, quality: Quality | None, grid: int, grey: bool) -> KnownDegradation:
     """Estimate the degradation of one picture from what the quality prior asks for.
@@ -54,14 +66,16 @@ def known_degradation(y: Tensor, quality: Quality | None, grid: int, grey: bool)
         airlight, transmission = _haze(y, grid)
     curve = torch.linspace(0, 1, CURVE_POINTS).to(y)
     if quality is not None and quality.exposure > 0:
-        clear = _clear(y, airlight, transmission)
-        curve = _tone_curve(clear, quality.exposure_target)
+        curve = _tone_curve(_local_means(_clear(y, airlight, transmission)), quality.exposure_target)
     luma = y.new_tensor(LUMA).expand(3, 3)
     return KnownDegradation(curve, luma if grey else torch.eye(3).to(y), airlight, transmission, noise_level(y))
 
 
 def first_guess(y: Tensor, known: KnownDegradation) -> Tensor:
-    """Undo a known degradation pixel by pixel: (1, 3, H, W) in 0..1. Noise and lost colours stay for the model to mend."""
+    """Undo a known degradation: (1, 3, H, W) in 0..1. Where a tone curve or haze is undone grain is smoothed first, which keeps edges; a
+    picture with neither is left as it is. Lost detail and colours stay for the model to mend."""
+    if known.changes:
+        y = _without_grain(y, known.noise)
     clear = _clear(y, known.airlight, known.transmission).clamp(known.curve[0].item(), known.curve[-1].item())
     position = torch.searchsorted(known.curve.contiguous(), clear.contiguous()).clamp(1, CURVE_POINTS - 1)
     low, high = known.curve[position - 1], known.curve[position]
@@ -76,6 +90,25 @@ def noise_level(y: Tensor) -> float:
     a, b = y[..., 0:height:2, 0:width:2], y[..., 0:height:2, 1:width:2]
     c, d = y[..., 1:height:2, 0:width:2], y[..., 1:height:2, 1:width:2]
     return float(((a - b - c + d) / 2).abs().flatten().median() / 0.6745)
+
+
+def _local_means(y: Tensor) -> Tensor:
+    return F.avg_pool2d(y, min(POOL, *y.shape[-2:]))
+
+
+def _without_grain(y: Tensor, noise: float) -> Tensor:
+    """Bilateral smoothing, a band of rows at a time: kornia keeps a whole window for every pixel."""
+    window = min(GRAIN_WINDOW, 2 * min(y.shape[-2:]) - 3)
+    if noise < LEAST_GRAIN or window < 3:
+        return y
+    reach, height = window // 2, y.shape[-2]
+    padded = F.pad(y, (reach, reach, reach, reach), mode="reflect")
+    bands = []
+    for top in range(0, height, BAND):
+        band = padded[..., top:min(top + BAND, height) + 2 * reach, :]
+        smooth = kornia.filters.bilateral_blur(band, (window, window), GRAIN_RANGE * noise, (GRAIN_RADIUS, GRAIN_RADIUS))
+        bands.append(smooth[..., reach:-reach, reach:-reach])
+    return torch.cat(bands, -2)
 
 
 def _clear(y: Tensor, airlight: Tensor, transmission: Tensor) -> Tensor:

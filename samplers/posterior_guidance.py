@@ -24,9 +24,10 @@ from ..model_patches.host import (
     model_time,
     noise_to_signal,
     reraise_unless_out_of_memory,
+    signal_level,
 )
 from ..model_patches.perceptual import Perceptual
-from .alignment import Alignment, AlignmentRun, Window
+from .alignment import Alignment, AlignmentRun, Window, cut
 from .first_guess import known_degradation
 from .quality import Quality, quality_loss
 
@@ -145,12 +146,15 @@ class PosteriorRun:
             return torch.cat(parts)
 
     def gradient(self, x0: Tensor, sigma: float) -> Tensor:
-        """Gradient of the likelihood term at the predictions, for `through_model`; zero above t1 and for companions."""
+        """Gradient of the likelihood term at the predictions once F-PAM has learned, for `through_model`; zero above t1 and for companions."""
         time = model_time(self.model_sampling, sigma)
         g = torch.zeros_like(x0)
-        if time < self.settings.guide_below:
-            for index, row in enumerate(self.rows):
-                g[index:index + 1] = self._with_smaller_tiles(self._likelihood, row, x0[index:index + 1].detach().clone(), None, time)[0]
+        for index, row in enumerate(self.rows):
+            z0 = x0[index:index + 1].detach().clone()
+            self._learn(row, z0, None, time)
+            if time < self.settings.guide_below:
+                g[index:index + 1] = self._with_smaller_tiles(self._likelihood, row, z0, None, time)[0]
+        self.started = True
         return g
 
     def descend(self, x0: Tensor, g: Tensor, direction: Tensor, sigma: float) -> Tensor:
@@ -159,11 +163,9 @@ class PosteriorRun:
         with gradients():
             parts, slopes, ways = (list(t.clone().split(1)) for t in (x0, g, direction))
             for index, row in enumerate(self.rows):
-                self._learn(row, parts[index], None, time)
                 if time < self.settings.guide_below:
                     step = self._step_length(row, parts[index], slopes[index], ways[index], self._variance(sigma), None)
                     parts[index] = parts[index] + step.clamp(max=1.0) * ways[index]
-            self.started = True
             return torch.cat(parts)
 
     def _learn(self, row: Row, z0: Tensor, companion: Tensor | None, time: float) -> None:
@@ -224,9 +226,7 @@ class PosteriorRun:
             return z.new_zeros(())
         probe = 0.1 * variance**0.5 / size
         with torch.no_grad():
-            here = seen or self._with_smaller_tiles(self._looks, row, z)
-            there = self._with_smaller_tiles(self._looks, row, z + probe * direction)
-        change = sum((a - b).square().sum() for a, b in zip(here, there)) if len(here) == len(there) else z.new_zeros(())
+            change = self._with_smaller_tiles(self._change, row, z, z + probe * direction, seen)
         curvature = self._weight(row) * change / probe**2 + direction.square().sum() / variance
         return (-(g * direction).sum() / curvature).clamp(min=0)
 
@@ -236,7 +236,7 @@ class PosteriorRun:
         mean_gradient = g / (self._weight(row) * row.y.numel() / 2)
         following = self.sigmas[index + 1] if index + 1 < len(self.sigmas) else 0.0
         scale = self.settings.published_scale * (z0.shape[-1] * z0.shape[-2] / 4096)
-        preserved = (1 + noise_to_signal(self.model_sampling, following) ** 2) ** 0.5
+        preserved = signal_level(self.model_sampling, following) * (1 + noise_to_signal(self.model_sampling, following) ** 2) ** 0.5
         return z0 - self.settings.strength * scale * preserved * mean_gradient / max(1 - following / max(sigma, 1e-6), 1e-3)
 
     def _likelihood(self, row: Row, z: Tensor, companion: Tensor | None, time: float) -> tuple[Tensor, list[Tensor]]:
@@ -249,6 +249,9 @@ class PosteriorRun:
             if companion is not None and row.alignment.alignment.residual > 0:
                 with torch.no_grad():
                     other = self._decode_window(companion, region)[0]
+            if row.mask is not None:
+                # Outside the mask the picture is looked at, by Q and D2 too, but not moved.
+                x = torch.lerp(x.detach(), x, cut(row.mask, window, x))
             loss, seen = row.alignment.distance(x, window, other, row.mask)
             if self.quality is not None:
                 loss = loss + quality_loss(x, self.quality, time)
@@ -266,6 +269,12 @@ class PosteriorRun:
             looks.append(row.alignment.look(x, window, row.mask))
             self.counters.decodes += 1
         return looks
+
+    def _change(self, row: Row, z: Tensor, moved: Tensor, seen: list[Tensor] | None) -> Tensor:
+        """Squared change of psi between two latents; `seen` is psi at the first, of use while tiles are what they were."""
+        there = self._looks(row, moved)
+        here = seen if seen is not None and len(seen) == len(there) else self._looks(row, z)
+        return sum((a - b).square().sum() for a, b in zip(here, there))
 
     def _weight(self, row: Row) -> float:
         return self.settings.strength / row.noise**2

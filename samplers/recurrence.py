@@ -39,17 +39,20 @@ class RecurrentSampler(comfy.samplers.Sampler):
         for index in range(self.rounds if len(later) > 1 else 0):
             interrupt_point()
             done = len(sigmas) - 1 + index * (len(later) - 1)
-            start = x if self.vae is None else self._reencode(base, x)
+            start = x if self.vae is None else self._reencode(base, x, denoise_mask)
             fresh = round_noise(noise, extra_args.get("seed") or 0, index)
-            x = self.inner.sample(model_wrap, later, _with_schedule(extra_args, later), _counting(callback, done, total), fresh, start, denoise_mask,
+            x = self.inner.sample(model_wrap, later, _of_round(extra_args, later, index), _counting(callback, done, total), fresh, start, denoise_mask,
                                   disable_pbar)
         return x
 
-    def _reencode(self, base: Any, x: Tensor) -> Tensor:
-        raw = base.process_latent_out(x)
-        picture = self.vae.decode(raw[:, :, 0] if raw.ndim == 5 and self.vae.latent_dim == 2 else raw)
-        picture = picture.reshape(-1, *picture.shape[-3:])
-        return base.process_latent_in(self.vae.encode(picture)).reshape(x.shape).to(x)
+    def _reencode(self, base: Any, x: Tensor, denoise_mask: Tensor | None) -> Tensor:
+        """Decode and encode picture by picture, since a video VAE takes a batch for frames; what a noise mask holds stays as it is."""
+        rows = []
+        for raw in base.process_latent_out(x).split(1):
+            picture = self.vae.decode(raw[:, :, 0] if raw.ndim == 5 and self.vae.latent_dim == 2 else raw)
+            rows.append(self.vae.encode(picture.reshape(-1, *picture.shape[-3:])).reshape(raw.shape))
+        again = base.process_latent_in(torch.cat(rows).to(x))
+        return again if denoise_mask is None else torch.lerp(x, again, denoise_mask.to(x))
 
 
 def round_sigmas(sigmas: Tensor, start: float) -> Tensor:
@@ -70,11 +73,12 @@ def round_noise(noise: Tensor, seed: int, index: int) -> Tensor:
     return torch.stack(rows)
 
 
-def _with_schedule(extra_args: dict, sigmas: Tensor) -> dict:
-    """The round's own schedule where patches look for it."""
+def _of_round(extra_args: dict, sigmas: Tensor, index: int) -> dict:
+    """The round's own schedule where patches look for it, and its own seed for samplers that add noise at every step."""
     model_options = dict(extra_args["model_options"])
     model_options["transformer_options"] = {**model_options.get("transformer_options", {}), "sample_sigmas": sigmas}
-    return {**extra_args, "model_options": model_options}
+    seed = extra_args.get("seed")
+    return {**extra_args, "model_options": model_options, "seed": None if seed is None else (seed + index + 1) % 2**64}
 
 
 def _counting(callback: Callable | None, done: int, total: int) -> Callable | None:

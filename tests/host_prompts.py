@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ class PromptRunner:
     def _run(self, prompt: Prompt, on_event: Listener | None) -> PromptResult:
         self.count += 1
         prompt_id = f"test-{self.count}"
+        prompt = copy.deepcopy(prompt)  # the host notes in it what IS_CHANGED said
         valid, error, outputs, node_errors = asyncio.run(execution.validate_prompt(prompt_id, prompt, None))
         if not valid:
             return PromptResult(False, node_errors=node_errors, error=error)

@@ -2,8 +2,10 @@
 
 import numpy as np
 import torch
-from skimage.restoration import denoise_nl_means, estimate_sigma
+from skimage.restoration import denoise_nl_means
 from torch import Tensor
+
+from ...samplers.first_guess import noise_level
 
 
 def auto_levels(image: Tensor) -> Tensor:
@@ -14,8 +16,7 @@ def auto_levels(image: Tensor) -> Tensor:
 
 
 def non_local_means(image: Tensor) -> Tensor:
-    """scikit-image's fast non-local means at the strength its own noise estimate suggests; (1, H, W, 3) in 0..1."""
-    pixels = image[0].numpy()
-    sigma = float(np.mean(estimate_sigma(pixels, channel_axis=-1)))
-    mended = denoise_nl_means(pixels, h=0.8 * sigma, sigma=sigma, patch_size=5, patch_distance=6, fast_mode=True, channel_axis=-1)
+    """scikit-image's fast non-local means at the strength that the measured noise suggests; (1, H, W, 3) in 0..1."""
+    sigma = noise_level(image.movedim(-1, 1))
+    mended = denoise_nl_means(image[0].numpy(), h=0.8 * sigma, sigma=sigma, patch_size=5, patch_distance=6, fast_mode=True, channel_axis=-1)
     return torch.from_numpy(mended.astype(np.float32))[None].clamp(0, 1)

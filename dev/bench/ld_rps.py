@@ -5,15 +5,11 @@ at the end of a full run.
 """
 
 import argparse
-import hashlib
 import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -25,11 +21,10 @@ from ...samplers.posterior_guidance import Posterior
 from ...samplers.presets import ALIGNMENTS
 from ...samplers.quality import Quality
 from .classical import auto_levels, non_local_means
+from .report import Results, markdown, results_file, say, write_section
 from .scenes import SCENES, Case, cases, figures, mean
 from .zero_shot import Prior, Recipe, img2img, restore
 
-PACK = Path(__file__).parents[2]
-EVIDENCE = PACK / "docs" / "evidence.md"
 SEEDS = (0, 1, 2)
 QUICK = ("noise", "lowlight", "haze")
 IMG2IMG = (0.2, 0.35, 0.5, 0.65)
@@ -37,8 +32,8 @@ OFF = Quality(exposure=0.0, chroma=0.0, clarity=0.0)
 # The settings that workflows/zero_shot_restore.json carries for each kind of damage.
 RECIPES = {
     "noise": Recipe(ALIGNMENTS["noise"], None, Posterior()),
-    "lowlight": Recipe(ALIGNMENTS["low light"], Quality(exposure=0.01), Posterior()),
-    "haze": Recipe(ALIGNMENTS["haze"], Quality(exposure=0.0, clarity=0.01), Posterior()),
+    "lowlight": Recipe(ALIGNMENTS["low light"], Quality(exposure=0.001, exposure_patch=128, chroma=0.0), Posterior()),
+    "haze": Recipe(ALIGNMENTS["haze"], Quality(exposure=0.0, chroma=0.0, clarity=0.01), Posterior()),
     "grey": Recipe(ALIGNMENTS["colourise"], None, Posterior()),
 }
 
@@ -66,35 +61,6 @@ def ablations(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     yield "without first guess", replace(recipe, guess=False)
     for rounds in range(4):
         yield f"rounds {rounds}", replace(recipe, rounds=rounds)
-
-
-class Results:
-    """Rows by name, kept in a file as they come."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = file.read_text().splitlines() if file.exists() else []
-        self.rows = {row["key"]: row for row in map(json.loads, lines)}
-
-    def get(self, key: str, make: Callable[[], dict]) -> dict:
-        """Return the row of a key, computing it once."""
-        if key not in self.rows:
-            self.rows[key] = {"key": key, **make()}
-            with self.file.open("a") as stream:
-                stream.write(json.dumps(self.rows[key]) + "\n")
-            say(f"  {key}: {self.rows[key]['psnr']:.2f} dB, {self.rows[key].get('seconds', 0):.1f} s")
-        return self.rows[key]
-
-
-def code_hash() -> str:
-    """Fingerprint of everything a figure depends on: algorithms, degradations, weights."""
-    digest = hashlib.sha256()
-    for room in ("samplers", "model_patches", "degradations", "lab", "dev/bench"):
-        for file in sorted((PACK / room).rglob("*")):
-            if file.suffix in (".py", ".safetensors"):
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 class Bench:
@@ -176,29 +142,18 @@ COLUMNS = ("method", "degradation", "prior", "n", "seeds", "psnr", "psnr_std", "
 
 def table(rows: list[dict]) -> list[dict]:
     """Print rows as a Markdown table and return them."""
-    say(markdown(rows))
+    say(markdown(rows, COLUMNS))
     return rows
 
 
-def markdown(rows: list[dict]) -> str:
-    """Format rows as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    for row in rows:
-        cells = [row[name] if isinstance(row[name], (str, int)) else f"{row[name]:.{3 if name in ('ssim', 'haarpsi') else 2 if 'psnr' in name else 1}f}"
-                 for name in COLUMNS]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def write_evidence(rows: list[dict], threads: int) -> None:
-    """Write docs/evidence.md from the rows of a full run."""
-    EVIDENCE.parent.mkdir(exist_ok=True)
-    parts = ["# Evidence\n", "Written by `python dev bench ld_rps`; do not edit.\n", INTRODUCTION.format(threads=threads)]
+    """Write this measurement's section of docs/evidence.md from the rows of a full run."""
+    parts = [INTRODUCTION.format(threads=threads)]
     for degradation in RECIPES:
         chosen = [row for row in rows if row["degradation"] == degradation]
         if chosen:
-            parts += [f"## Zero-shot restoration: {degradation}\n", verdict(chosen), markdown(chosen)]
-    EVIDENCE.write_text("\n".join(parts), encoding="utf-8")
+            parts += [f"### {degradation}\n", verdict(chosen), markdown(chosen, COLUMNS)]
+    write_section("ld_rps", "\n".join(parts))
 
 
 INTRODUCTION = """A small-scale reproduction on the lab prior (lab/README.md), a model of 7 to 9 million parameters that comes with the pack. Four scenes
@@ -223,12 +178,6 @@ def verdict(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def say(text: str) -> None:
-    """Write a line at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
 def main() -> None:
     """Parse the command line, run, print, and write the evidence of a full run."""
     parser = argparse.ArgumentParser(prog="python dev bench ld_rps", description=__doc__)
@@ -242,8 +191,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.prior = options.prior[:1]
-    home = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
-    rows = run(options, Results(home / "bench" / f"ld_rps-{code_hash()}.jsonl"))
+    rows = run(options, Results(results_file("ld_rps")))
     if not options.quick and not options.degradation:
         write_evidence(rows, torch.get_num_threads())
     if options.json:

@@ -129,7 +129,7 @@ def test_windows_agree_with_the_whole_picture():
     part = module(x[..., top:top + height, left:left + width], (top, left, 40, 56))
     # Four 3x3 convolutions in a row see four pixels beyond the window, which the window pads with zeros.
     inner = (slice(4, -4), slice(4, -4))
-    torch.testing.assert_close(part[..., *inner], whole[..., top:top + height, left:left + width][..., *inner], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(part[(..., *inner)], whole[..., top:top + height, left:left + width][(..., *inner)], atol=1e-5, rtol=1e-5)
 
 
 def test_windows_of_an_aligned_start_agree_to_the_edge():

@@ -99,6 +99,11 @@ def test_alpha_is_repeated_for_a_longer_batch():
     assert torch.equal(unframe(framed[:1], info), image[:1])
 
 
+def test_opaque_alpha_is_left_out():
+    image = torch.cat([picture(2, 20, 31, 3), torch.ones(2, 20, 31, 1)], -1)
+    assert torch.equal(unframe(*frame(image)), image[..., :3])
+
+
 def test_half_precision_pictures():
     image = picture(1, 7, 9, 4).half()
     framed, info = frame(image, 2.0)

@@ -1,0 +1,95 @@
+"""What measurements share: rows that survive an interruption, tables, and the sections of docs/evidence.md."""
+
+import ast
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+PACK = Path(__file__).parents[2]
+EVIDENCE = PACK / "docs" / "evidence.md"
+TITLE = "# Evidence\n\nEach section is written by the command that it names; do not edit.\n"
+ROOMS = ("samplers", "model_patches", "degradations", "training", "lab")
+BENCH_FILES = ("scenes.py", "classical.py", "zero_shot.py")
+DIGITS = {"psnr": 2, "psnr_std": 2, "ssim": 3, "haarpsi": 3}
+
+
+class Results:
+    """Rows by name, kept in a file as they come."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.rows = {row["key"]: row for row in map(json.loads, lines)}
+
+    def get(self, key: str, make: Callable[[], dict]) -> dict:
+        """Return the row of a key, computing it once."""
+        if key not in self.rows:
+            self.rows[key] = {"key": key, **make()}
+            with self.file.open("a") as stream:
+                stream.write(json.dumps(self.rows[key]) + "\n")
+            say(f"  {key}: {self.rows[key]['psnr']:.2f} dB, {self.rows[key].get('seconds', 0):.1f} s")
+        return self.rows[key]
+
+
+def results_file(bench: str) -> Path:
+    """Where a measurement keeps its rows: one file for each state of the code and of the lab's weights."""
+    home = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
+    return home / "bench" / f"{bench}-{fingerprint()}.jsonl"
+
+
+def fingerprint() -> str:
+    """Hash of what a figure depends on: the code that is loaded, less its comments and docstrings, and the lab's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(_loaded_files()):
+        digest.update(ast.dump(_without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())
+    for file in sorted((PACK / "lab" / "weights").glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _loaded_files() -> set[Path]:
+    loaded = {Path(module.__file__).resolve() for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+    rooms = [(PACK / room).resolve() for room in ROOMS]
+    bench = {(Path(__file__).parent / name).resolve() for name in BENCH_FILES}
+    return {file for file in loaded if file.suffix == ".py" and (file in bench or any(room in file.parents for room in rooms))}
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return tree
+
+
+def markdown(rows: list[dict], columns: tuple[str, ...]) -> str:
+    """Format rows as a Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        cells = [_cell(name, row.get(name, "-")) for name in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name: str, value: object) -> str:
+    return f"{value:.{DIGITS.get(name, 1)}f}" if isinstance(value, float) else str(value)
+
+
+def write_section(bench: str, text: str) -> None:
+    """Put a measurement's section into docs/evidence.md, in place of its last one; other sections stay as they are."""
+    begin, end = f"<!-- {bench} -->", f"<!-- end of {bench} -->"
+    section = f"{begin}\n{text.strip()}\n{end}\n"
+    known = EVIDENCE.read_text(encoding="utf-8") if EVIDENCE.exists() else TITLE
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end) + r"\n", re.DOTALL)
+    EVIDENCE.parent.mkdir(exist_ok=True)
+    EVIDENCE.write_text(pattern.sub(lambda _: section, known) if pattern.search(known) else f"{known}\n{section}", encoding="utf-8")
+
+
+def say(text: str) -> None:
+    """Write a line at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

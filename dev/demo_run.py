@@ -33,8 +33,8 @@ GAP = 4
 # What the workflow is told about each degradation, as --set would tell it.
 SETTINGS = {
     "noise": ["MendFPAMAlignment.preset=noise"],
-    "lowlight": ["MendFPAMAlignment.preset=low light", "MendQualityPrior.exposure=0.01"],
-    "haze": ["MendFPAMAlignment.preset=haze", "MendQualityPrior.clarity=0.01"],
+    "lowlight": ["MendFPAMAlignment.preset=low light", "MendQualityPrior.exposure=0.001"],
+    "haze": ["MendFPAMAlignment.preset=haze", "MendQualityPrior.clarity=0.001"],
     "grey": ["MendFPAMAlignment.preset=colourise"],
 }
 # What the default photograph shows. A photograph of the user's gets no words: none are better than wrong ones.

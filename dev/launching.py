@@ -29,6 +29,7 @@ def child_environment(environment: Environment) -> dict[str, str]:
         DO_NOT_TRACK="1",
         HF_HUB_DISABLE_TELEMETRY="1",
     )
+    variables.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow each other down on a busy machine
     return variables
 
 

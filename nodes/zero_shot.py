@@ -103,7 +103,7 @@ class QualityPrior(io.ComfyNode):
             search_aliases=["quality", "exposure", "brightness", "white balance", "dehaze", "dark channel", "ld-rps"],
             inputs=[
                 io.Float.Input(
-                    "exposure", default=0.01, min=0, max=10, step=0.001, round=False,
+                    "exposure", default=0.001, min=0, max=10, step=0.001, round=False,
                     tooltip="Weight of good exposure. Above 0, dark pictures are brightened towards the target.",
                 ),
                 io.Float.Input(
@@ -119,7 +119,7 @@ class QualityPrior(io.ComfyNode):
                     tooltip="Weight of clear air. Above 0, the veil of haze is lifted (dark channel prior).",
                 ),
                 io.Int.Input(
-                    "exposure_patch", default=32, min=1, max=1024, advanced=True,
+                    "exposure_patch", default=128, min=1, max=1024, advanced=True,
                     tooltip="Side in pixels of the neighbourhoods whose brightness is judged.",
                 ),
                 io.Int.Input("exposure_below", default=100, min=0, max=1000, advanced=True, tooltip=f"Exposure. {BELOW}"),

@@ -39,7 +39,7 @@ class Alignment:
     style: float = 0.5
     distance_features: float = 2e-3
     residual: float = 5e-5
-    rate: float = 5e-4
+    rate: float = 1e-5
     style_rate: float = 4e-5
     residual_rate: float = 4e-5
     updates: int = 1

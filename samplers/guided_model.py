@@ -156,9 +156,7 @@ def fitted_pictures(degraded: Tensor, batch: int, latent_size: tuple[int, int], 
     if abs(tall - height) >= cell or abs(wide - width) >= cell:
         raise ValueError(f"{NODE}: 'degraded' is {width}x{height} but the latent belongs to a picture of {wide}x{tall}; "
                          "encode the same picture that you connect here (Frame Image pads both alike)")
-    pictures = degraded[..., :3].movedim(-1, 1).float()[..., :tall, :wide]
-    pictures = F.pad(pictures, (0, wide - pictures.shape[-1], 0, tall - pictures.shape[-2]), mode="replicate")
-    return pictures.expand(batch, -1, -1, -1).clone()
+    return _centred(degraded[..., :3].movedim(-1, 1).float(), (tall, wide)).expand(batch, -1, -1, -1).clone()
 
 
 def fitted_mask(mask: Tensor, picture_size: tuple[int, int], size: tuple[int, int], batch: int) -> Tensor:
@@ -172,8 +170,16 @@ def fitted_mask(mask: Tensor, picture_size: tuple[int, int], size: tuple[int, in
         raise ValueError(f"{NODE}: 'mask' holds {len(mask)} masks but the latent batch has {batch}; give one mask, or as many as latents")
     if mask.shape[-2:] != tuple(picture_size):
         mask = F.interpolate(mask, picture_size, mode="bilinear", antialias=True)
-    mask = mask[..., :size[0], :size[1]]
-    return F.pad(mask, (0, size[1] - mask.shape[-1], 0, size[0] - mask.shape[-2]), mode="replicate").expand(batch, -1, -1, -1).clone()
+    return _centred(mask, size).expand(batch, -1, -1, -1).clone()
+
+
+def _centred(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop or pad (B, C, H, W) about its middle, as the host's VAE encode crops and Frame Image pads."""
+    for axis, side in ((-2, size[0]), (-1, size[1])):
+        if x.shape[axis] > side:
+            x = x.narrow(axis, (x.shape[axis] - side) // 2, side)
+    top, left = ((side - x.shape[axis]) // 2 for axis, side in ((-2, size[0]), (-1, size[1])))
+    return F.pad(x, (left, size[1] - x.shape[-1] - left, top, size[0] - x.shape[-2] - top), mode="replicate")
 
 
 def _with_companions(noise: Tensor, latent: Tensor, mask: Tensor | None, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -28,11 +28,11 @@ class Quality:
         clarity_below: model time under which it acts.
     """
 
-    exposure: float = 0.01
+    exposure: float = 0.001
     exposure_target: float = 0.45
-    exposure_patch: int = 32
+    exposure_patch: int = 128
     exposure_below: float = 0.1
-    chroma: float = 0.01
+    chroma: float = 0.0
     chroma_below: float = 0.1
     clarity: float = 0.0
     clarity_below: float = 0.15

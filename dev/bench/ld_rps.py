@@ -32,8 +32,8 @@ OFF = Quality(exposure=0.0, chroma=0.0, clarity=0.0)
 # The settings that workflows/zero_shot_restore.json carries for each kind of damage.
 RECIPES = {
     "noise": Recipe(ALIGNMENTS["noise"], None, Posterior()),
-    "lowlight": Recipe(ALIGNMENTS["low light"], Quality(exposure=0.001, exposure_patch=128, chroma=0.0), Posterior()),
-    "haze": Recipe(ALIGNMENTS["haze"], Quality(exposure=0.0, chroma=0.0, clarity=0.01), Posterior()),
+    "lowlight": Recipe(ALIGNMENTS["low light"], Quality(), Posterior()),
+    "haze": Recipe(ALIGNMENTS["haze"], Quality(exposure=0.0, clarity=0.001), Posterior()),
     "grey": Recipe(ALIGNMENTS["colourise"], None, Posterior()),
 }
 
@@ -43,8 +43,8 @@ def reference(recipe: Recipe) -> Recipe:
     scale = {"noise": 40000.0, "lowlight": 80000.0, "haze": 25000.0, "grey": 40000.0}
     rounds = {"noise": 1, "lowlight": 2, "haze": 0, "grey": 1}
     name = next(key for key, value in RECIPES.items() if value is recipe)
-    alignment = replace(recipe.alignment, start="random", grid=1, updates=1, warmup=0, crop=256, grey=False)
-    quality = {"lowlight": Quality(exposure=0.01, exposure_target=0.5, chroma=0.01), "haze": Quality(exposure=0.01, exposure_target=0.5, exposure_patch=64,
+    alignment = replace(recipe.alignment, start="random", rate=5e-4, grid=1, updates=1, warmup=0, crop=256, grey=False)
+    quality = {"lowlight": Quality(exposure=0.01, exposure_target=0.5, exposure_patch=32, chroma=0.01), "haze": Quality(exposure=0.01, exposure_target=0.5, exposure_patch=64,
                exposure_below=0.15, chroma=0.001, chroma_below=0.15)}.get(name)
     posterior = Posterior(companion=True, published=True, published_scale=scale[name])
     return Recipe(alignment, quality, posterior, "ddim", "ddim_uniform", 450, 8.0, 1.0, rounds[name], 0.449, True, False)

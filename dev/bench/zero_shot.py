@@ -36,9 +36,9 @@ class Recipe:
     posterior: Posterior | None = field(default_factory=Posterior)
     sampler: str = "euler"
     scheduler: str = "normal"
-    steps: int = 12
+    steps: int = 6
     cfg: float = 1.5
-    denoise: float = 0.5
+    denoise: float = 0.35
     rounds: int = 0
     gamma: float = 0.3
     text: bool = True

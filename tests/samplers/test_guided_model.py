@@ -284,9 +284,11 @@ def test_a_mask_is_padded_as_the_picture_is():
 def test_less_than_a_cell_is_padded_or_cropped(size):
     image = torch.rand(1, *size, 3, generator=torch.Generator().manual_seed(0))
     fitted = fitted_pictures(image, 2, (6, 6), 8)
-    height, width = min(size[0], 48), min(size[1], 48)
     assert fitted.shape == (2, 3, 48, 48)
-    assert torch.equal(fitted[0, :, :height, :width], image[0, :height, :width].movedim(-1, 0))
+    # About the middle, as the host crops before it encodes and as Frame Image pads.
+    (top, height), (left, width) = ((abs(48 - side) // 2, min(side, 48)) for side in size)
+    inner = fitted[0, :, top if size[0] < 48 else 0:, left if size[1] < 48 else 0:][:, :height, :width]
+    assert torch.equal(inner, image[0, top if size[0] > 48 else 0:, left if size[1] > 48 else 0:][:height, :width].movedim(-1, 0))
 
 
 @pytest.mark.parametrize(("size", "cells"), [((1, 1), (1, 1)), ((7, 513), (1, 65)), ((7, 513), (1, 64))])

@@ -35,10 +35,10 @@ def sinc_filter(pictures: Tensor, cutoff: float = 0.5) -> Tensor:
     return convolve(pictures, kernels.sinc(SINC_SIZE, cutoff * math.pi))
 
 
-def motion_blur(pictures: Tensor, length: float = 15.0, angle: float = 0.0) -> Tensor:
-    """Smear along a line of the nearest odd length; a length below 2 changes nothing."""
+def motion_blur(pictures: Tensor, length: float = 15.0, motion_angle: float = 0.0) -> Tensor:
+    """Smear along a line of the nearest odd length and an angle in degrees; a length below 2 changes nothing."""
     size = kernels.odd(length)
-    return pictures if size < 3 else convolve(pictures, kernels.line(size, angle))
+    return pictures if size < 3 else convolve(pictures, kernels.line(size, motion_angle))
 
 
 def defocus_blur(pictures: Tensor, radius: float = 4.0) -> Tensor:

@@ -63,8 +63,8 @@ def line(length: int, angle: float) -> Tensor:
 
 
 def odd(length: float) -> int:
-    """Return the nearest odd whole number, at least 1."""
-    return 2 * max(0, round((length - 1) / 2)) + 1
+    """Return the nearest odd whole number, the larger of two, at least 1."""
+    return 2 * max(0, int(length / 2)) + 1
 
 
 def _offsets(size: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Haze, rain and snow. Pictures are (B, H, W, 3) in 0..1."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,8 +58,9 @@ def snow(pictures: Tensor, generators: Sequence[torch.Generator], snow: float = 
     for part in FLAKES:
         radius = max(0.5, part * flake_size)
         flake = kernels.disc(radius, softness=0.75 * radius + 0.5).to(pictures)
-        seeds = torch.stack([_sparse(pictures, snow * SNOW_COVER / (3.1416 * radius**2), generator) for generator in generators])
-        pictures = _screen(pictures, 2 * convolve(seeds, flake / flake.amax()))
+        share = min(1.0, snow * SNOW_COVER / (math.pi * radius**2))
+        centres = torch.stack([_sparse(pictures, share, generator) for generator in generators])
+        pictures = _screen(pictures, 2 * convolve(centres, flake / flake.amax()))
     return pictures
 
 

@@ -13,7 +13,7 @@ LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def _float(name: str, default: float, least: float, most: float, step: float, tooltip: str) -> io.Input:
-    return io.Float.Input(name, default=default, min=least, max=most, step=step, round=False, tooltip=tooltip)
+    return io.Float.Input(name, default=float(default), min=least, max=most, step=step, round=False, tooltip=tooltip)
 
 
 def _grey_noise() -> io.Input:

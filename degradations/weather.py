@@ -57,10 +57,10 @@ def snow(pictures: Tensor, generators: Sequence[torch.Generator], snow: float = 
         return pictures
     for part in FLAKES:
         radius = max(0.5, part * flake_size)
-        flake = kernels.disc(radius, softness=0.75 * radius + 0.5).to(pictures)
+        flake = kernels.disc(radius, softness=1.2 * radius + 0.5).to(pictures)
         share = min(1.0, snow * SNOW_COVER / (math.pi * radius**2))
         centres = torch.stack([_sparse(pictures, share, generator) for generator in generators])
-        pictures = _screen(pictures, 2 * convolve(centres, flake / flake.amax()))
+        pictures = _screen(pictures, 1.2 * convolve(centres, flake / flake.amax()))
     return pictures
 
 

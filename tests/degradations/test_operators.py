@@ -83,6 +83,16 @@ def test_result_is_a_picture_of_the_same_size_and_the_input_is_kept(kind, size):
     assert torch.equal(image, kept)
 
 
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_accelerator_gives_the_same_picture(kind):
+    device = torch.accelerator.current_accelerator()
+    out = degrade(pictures().to(device), kind, 3)[0]
+    assert out.device.type == device.type
+    # On average: where a coefficient of JPEG lies between two levels, either may be taken.
+    assert (out.cpu() - degrade(pictures(), kind, 3)[0]).abs().mean() < 1e-4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_stays(kind):
     assert degrade(pictures().half(), kind)[0].dtype == torch.float16

@@ -5,7 +5,7 @@ from typing_extensions import override
 from comfy_api.latest import ComfyExtension, io
 
 from ..model_patches import folders
-from . import caption, frame, lab, zero_shot
+from . import caption, degradation, frame, lab, zero_shot
 
 
 class MendExtension(ComfyExtension):
@@ -19,4 +19,4 @@ class MendExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return all nodes."""
-        return [*lab.NODES, *zero_shot.NODES, *frame.NODES, *caption.NODES]
+        return [*lab.NODES, *zero_shot.NODES, *frame.NODES, *caption.NODES, *degradation.NODES]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.amp import autocast
 
 from . import headless
 from .autoencoder import autoencoder_loss, build_autoencoder, crops
@@ -155,9 +156,9 @@ def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, cou
     train(kind, model, loss_of, cache / f"{kind}.run.safetensors", steps, 1.5e-3, evaluate)
 
 
-def half_precision(device: torch.device) -> torch.autocast:
+def half_precision(device: torch.device) -> autocast:
     """bfloat16 where it is fast: processors without matrix units for it take ten times as long as in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+    return autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
 
 
 def log(line: str) -> None:

@@ -6,7 +6,6 @@ a good picture is, the degradation has a closed form; F-PAM starts from it and t
 
 from dataclasses import dataclass
 
-import kornia
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,6 +97,8 @@ def _local_means(y: Tensor) -> Tensor:
 
 def _without_grain(y: Tensor, noise: float) -> Tensor:
     """Bilateral smoothing, a band of rows at a time: kornia keeps a whole window for every pixel."""
+    from kornia.filters import bilateral_blur
+
     window = min(GRAIN_WINDOW, 2 * min(y.shape[-2:]) - 3)
     if noise < LEAST_GRAIN or window < 3:
         return y
@@ -106,7 +107,7 @@ def _without_grain(y: Tensor, noise: float) -> Tensor:
     bands = []
     for top in range(0, height, BAND):
         band = padded[..., top:min(top + BAND, height) + 2 * reach, :]
-        smooth = kornia.filters.bilateral_blur(band, (window, window), GRAIN_RANGE * noise, (GRAIN_RADIUS, GRAIN_RADIUS))
+        smooth = bilateral_blur(band, (window, window), GRAIN_RANGE * noise, (GRAIN_RADIUS, GRAIN_RADIUS))
         bands.append(smooth[..., reach:-reach, reach:-reach])
     return torch.cat(bands, -2)
 

@@ -4,11 +4,11 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import torch
-from torch import Tensor
 
 from ...lab.prior import load_lab_prior
 from ...samplers.alignment import Alignment

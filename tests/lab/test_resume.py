@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch.nn import Conv2d, Embedding, Flatten, GroupNorm, Linear, ModuleDict, Sequential
 
 from mend.lab.optimizer import MuonAdam
 from mend.lab.resume import Average, load_run, save_run
@@ -13,7 +13,7 @@ class Run:
 
     def __init__(self, frozen=False):
         torch.manual_seed(0)
-        self.module = nn.ModuleDict({"net": nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 5)), "words": nn.Embedding(5, 5)})
+        self.module = ModuleDict({"net": Sequential(Conv2d(3, 4, 3), GroupNorm(2, 4), Flatten(), Linear(16, 5)), "words": Embedding(5, 5)})
         self.module["net"][0].weight.requires_grad_(not frozen)
         self.module.to(memory_format=torch.channels_last)
         self.average = Average(self.module)
@@ -70,7 +70,7 @@ def test_a_save_that_dies_leaves_the_last_one(tmp_path, monkeypatch):
 
 
 def test_the_average_follows():
-    module = nn.Linear(2, 2)
+    module = Linear(2, 2)
     average = Average(module, decay=0.5)
     start = module.weight.detach().clone()
     with torch.no_grad():

@@ -156,7 +156,7 @@ def fitted_pictures(degraded: Tensor, batch: int, latent_size: tuple[int, int], 
     if abs(tall - height) >= cell or abs(wide - width) >= cell:
         raise ValueError(f"{NODE}: 'degraded' is {width}x{height} but the latent belongs to a picture of {wide}x{tall}; "
                          "encode the same picture that you connect here (Frame Image pads both alike)")
-    return _centred(degraded[..., :3].movedim(-1, 1).float(), (tall, wide)).expand(batch, -1, -1, -1).clone()
+    return _centred(degraded[..., :3].movedim(-1, 1).float(), (tall, wide)).expand(batch, -1, -1, -1).clone(memory_format=torch.contiguous_format)
 
 
 def fitted_mask(mask: Tensor, picture_size: tuple[int, int], size: tuple[int, int], batch: int) -> Tensor:
@@ -170,7 +170,7 @@ def fitted_mask(mask: Tensor, picture_size: tuple[int, int], size: tuple[int, in
         raise ValueError(f"{NODE}: 'mask' holds {len(mask)} masks but the latent batch has {batch}; give one mask, or as many as latents")
     if mask.shape[-2:] != tuple(picture_size):
         mask = F.interpolate(mask, picture_size, mode="bilinear", antialias=True)
-    return _centred(mask, size).expand(batch, -1, -1, -1).clone()
+    return _centred(mask, size).expand(batch, -1, -1, -1).clone(memory_format=torch.contiguous_format)
 
 
 def _centred(x: Tensor, size: tuple[int, int]) -> Tensor:

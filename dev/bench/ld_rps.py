@@ -5,6 +5,7 @@ at the end of a full run.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import statistics
@@ -23,7 +24,7 @@ from ...samplers.posterior_guidance import Posterior
 from ...samplers.presets import ALIGNMENTS
 from ...samplers.quality import Quality
 from .classical import auto_levels, non_local_means
-from .report import Results, markdown, results_file, say, write_section
+from .report import NotMeasured, Results, markdown, results_file, say, write_section
 from .scenes import SCENES, Case, cases, figures, mean
 from .zero_shot import Prior, Recipe, img2img, restore
 
@@ -137,6 +138,13 @@ def estimated_reference(prior: Prior, degradation: str) -> dict:
     return {"psnr": float("nan"), "seconds": work.seconds / TIMED_STEPS * steps, "steps": steps}
 
 
+def ablation_rows(bench: Bench, degradation: str) -> Iterator[dict]:
+    """Ours with one part away or added; with `--measured`, those that a run has got to."""
+    for name, recipe in ablations(RECIPES[degradation]):
+        with contextlib.suppress(NotMeasured):
+            yield bench.restored(f"ours, {name}", degradation, recipe)
+
+
 def run(options: argparse.Namespace, results: Results) -> list[dict]:
     """All rows of the chosen subset, printed a degradation at a time."""
     scenes = ("coffee",) if options.quick else tuple(SCENES)
@@ -150,7 +158,7 @@ def run(options: argparse.Namespace, results: Results) -> list[dict]:
                 continue
             if degradation in options.ablations and kind == options.prior[0]:
                 few = Bench(results, prior, ("coffee", "flower"), SEEDS[:1])
-                rows += table([few.restored(f"ours, {name}", degradation, recipe) for name, recipe in ablations(RECIPES[degradation])])
+                rows += table(list(ablation_rows(few, degradation)))
             if kind != options.prior[0] or options.reference == "none":
                 continue
             one = Bench(results, prior, ("coffee",), SEEDS[:1])
@@ -158,8 +166,9 @@ def run(options: argparse.Namespace, results: Results) -> list[dict]:
             if options.reference == "full":
                 rows += table([one.restored("reference schedule", degradation, reference(RECIPES[degradation])), ours])
             else:
-                guess = results.get(f"{degradation}|{kind}|reference estimate", lambda: estimated_reference(prior, degradation))
-                rows.append({"degradation": degradation, "prior": kind, "estimate": guess, "ours": ours["seconds"]})
+                with contextlib.suppress(NotMeasured):
+                    guess = results.get(f"{degradation}|{kind}|reference estimate", lambda: estimated_reference(prior, degradation))
+                    rows.append({"degradation": degradation, "prior": kind, "estimate": guess, "ours": ours["seconds"]})
     return rows
 
 
@@ -226,10 +235,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--ablations", nargs="*", default=list(RECIPES), choices=list(RECIPES), help="degradations to take parts away on")
     parser.add_argument("--reference", choices=["estimate", "full", "none"], default="estimate", help="full takes many hours without a GPU")
+    parser.add_argument("--measured", action="store_true", help="measure nothing more: write what earlier runs measured")
     options = parser.parse_args()
     if options.quick:
         options.prior = options.prior[:1]
-    rows = run(options, Results(results_file("ld_rps")))
+    rows = run(options, Results(results_file("ld_rps"), measure=not options.measured))
     if not options.quick and not options.degradation:
         write_evidence(rows, torch.get_num_threads())
     if options.json:

@@ -17,11 +17,20 @@ BENCH_FILES = ("scenes.py", "classical.py", "zero_shot.py")
 DIGITS = {"psnr": 2, "psnr_std": 2, "ssim": 3, "haarpsi": 3}
 
 
-class Results:
-    """Rows by name, kept in a file as they come."""
+class NotMeasured(LookupError):
+    """A row is asked for that no run has measured yet."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+
+class Results:
+    """Rows by name, kept in a file as they come.
+
+    Args:
+        file: where they are kept.
+        measure: compute rows that are not there; otherwise asking for one raises NotMeasured.
+    """
+
+    def __init__(self, file: Path, measure: bool = True) -> None:
+        self.file, self.measure = file, measure
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text().splitlines() if file.exists() else []
         self.rows = {row["key"]: row for row in map(json.loads, lines)}
@@ -29,6 +38,8 @@ class Results:
     def get(self, key: str, make: Callable[[], dict]) -> dict:
         """Return the row of a key, computing it once."""
         if key not in self.rows:
+            if not self.measure:
+                raise NotMeasured(key)
             self.rows[key] = {"key": key, **make()}
             with self.file.open("a") as stream:
                 stream.write(json.dumps(self.rows[key]) + "\n")

@@ -151,8 +151,8 @@ class FirstGuess(io.ComfyNode):
             node_id="MendFirstGuess",
             display_name="First Guess",
             category="restoration/zero-shot",
-            description="Undo brightness and haze pixel by pixel, as the quality prior asks, without any model. Encode the result for "
-            "sampling to start from; noise and lost detail are left to the model.",
+            description="Undo brightness and haze, as the quality prior asks, without any model; grain is smoothed so that it is not "
+            "brightened too. Encode the result for sampling to start from; lost detail is left to the model.",
             search_aliases=["auto levels", "brighten", "dehaze", "tone", "exposure fix", "ld-rps"],
             inputs=[
                 io.Image.Input("degraded", tooltip="The damaged picture."),

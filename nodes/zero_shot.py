@@ -256,8 +256,10 @@ class ApplyPosteriorGuidance(io.ComfyNode):
         pictures = rgb_pictures(degraded, "Apply Posterior Guidance", "degraded")
         through_model, published = gradient == "through model", update == "published"
         settings = Posterior(strength, t1 / 1000, steps, every, noise, companion, through_model, published, published_scale, tile)
-        vgg = vgg16_weights() if alignment.content_features or alignment.distance_features else None
-        logging.info("Mend: perceptual features come from %s", "VGG16" if vgg else "the VAE encoder")
+        vgg = None
+        if alignment.content_features or alignment.distance_features:
+            vgg = vgg16_weights()
+            logging.info("Mend: perceptual features come from %s", "VGG16" if vgg else "the VAE encoder")
         return io.NodeOutput(GuidedModel(settings, alignment, quality, vae, pictures, mask, vgg).attach(model))
 
 

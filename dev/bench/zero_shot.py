@@ -81,10 +81,7 @@ def restore(prior: Prior, degraded: Tensor, caption: str, recipe: Recipe, seed: 
     """
     comfy.utils.set_progress_bar_enabled(False)
     begun, counters, calls = time.perf_counter(), Counters(), [0]
-    y = degraded.movedim(-1, 1)
-    start = degraded
-    if recipe.guess:
-        start = first_guess(y, known_degradation(y, recipe.quality, recipe.alignment.grid, recipe.alignment.grey)).movedim(1, -1)
+    start = guessed(degraded, recipe) if recipe.guess else degraded
     model = _counted(prior.model, calls)
     if recipe.posterior is not None:
         model = GuidedModel(recipe.posterior, recipe.alignment, recipe.quality, prior.vae, degraded, on_finish=lambda done: _add(counters, done)).attach(model)
@@ -102,6 +99,12 @@ def restore(prior: Prior, degraded: Tensor, caption: str, recipe: Recipe, seed: 
     picture = prior.vae.decode(sampled)
     work = Work(time.perf_counter() - begun, calls[0], counters.decodes + 1, counters.decoder_backwards, counters.updates)
     return picture.float(), work
+
+
+def guessed(degraded: Tensor, recipe: Recipe) -> Tensor:
+    """First Guess at (1, H, W, 3), which needs no model."""
+    y = degraded.movedim(-1, 1)
+    return first_guess(y, known_degradation(y, recipe.quality, recipe.alignment.grid, recipe.alignment.grey)).movedim(1, -1)
 
 
 def img2img(recipe: Recipe, denoise: float) -> Recipe:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.amp import autocast
 
 from . import headless
-from .autoencoder import autoencoder_loss, build_autoencoder, crops
+from .autoencoder import autoencoder_loss, build_autoencoder, crops, encode, finest_scale
 from .denoisers import build_dit, build_unet, dit_loss, dropped_ids, sd_alphas_cumprod, unet_loss
 from .optimizer import MuonAdam
 from .photographs import EVALUATION, evaluation_photograph
@@ -23,9 +23,11 @@ from .pictures import cached_pictures
 from .resume import Average, load_run, save_run
 from .vocabulary import PAD, WORDS, describe
 
-BATCH = 16
+# Denoisers learn on crops of the latents first, which cost a quarter, then on whole ones: (share of the steps before which this holds, side, batch).
+DENOISER_STAGES = ((0.7, 16, 16), (1.0, 32, 8))
 WEIGHTS = Path(__file__).parent / "weights"
-PARTS = ("vae", "decoder", "unet", "dit")
+# Parts in the order in which all of them are trained, and how many steps each takes.
+STEPS = {"vae": 3450, "decoder": 1000, "unet": 2200, "dit": 2500}
 SAVE_EVERY = 60.0
 PREVIEW_PICTURES = 64
 # The host's SD3 latent format, which both denoisers use: process_in(z) = (z - shift) * scale.
@@ -78,7 +80,8 @@ def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int,
 
     def loss_of(step: int) -> tuple[Tensor, Tensor]:
         with half_precision(device):
-            return autoencoder_loss(model, crops(store, step).to(device, memory_format=torch.channels_last))
+            finest = 1 if decoder_only else finest_scale(step, steps)
+            return autoencoder_loss(model, crops(store, step).to(device, memory_format=torch.channels_last), finest)
 
     def evaluate(average: Average, done: int) -> None:
         averaged = build_autoencoder().to(device)
@@ -92,7 +95,7 @@ def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int,
                      {"mend.kind": "lab_vae", "mend.lab.steps": str(done), "mend.preview": json.dumps(preview_colours(averaged, store, device))})
 
     name = "decoder" if decoder_only else "vae"
-    train(name, model, loss_of, cache / f"{name}.run.safetensors", steps, 4e-4 if decoder_only else 8e-4, evaluate)
+    train(name, model, loss_of, cache / f"{name}.run.safetensors", steps, 4e-4 if decoder_only else 1e-3, evaluate)
 
 
 def preview_colours(model: nn.Module, store: np.ndarray, device: torch.device) -> tuple[list[list[float]], list[float]]:
@@ -124,7 +127,7 @@ def encode_pictures(cache: Path, device: torch.device, count: int) -> tuple[np.n
     for start in range(0, count, 32):
         x = torch.from_numpy(store[start:start + 32]).permute(0, 3, 1, 2).to(device).float() / 255
         with torch.no_grad(), half_precision(device):
-            rows.append(model.taesd_encoder(x).cpu().half().numpy())
+            rows.append(encode(model, x).cpu().half().numpy())
         if start % 1024 == 0:
             log(f"encoded {start}/{count}")
     ids = [[WORDS.index(word) for word in describe(image / np.float32(255))] for image in store]
@@ -142,8 +145,10 @@ def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, cou
 
     def loss_of(step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((2, step))
-        rows = rng.integers(len(latents), size=BATCH)
-        z = torch.from_numpy(latents[np.sort(rows)]).to(device, memory_format=torch.channels_last).float()
+        side, batch = next((side, batch) for share, side, batch in DENOISER_STAGES if step < share * steps)
+        rows = rng.integers(len(latents), size=batch)
+        top, left = rng.integers(latents.shape[-1] - side + 1, size=2)
+        z = torch.from_numpy(latents[np.sort(rows), :, top:top + side, left:left + side]).to(device, memory_format=torch.channels_last).float()
         ids = dropped_ids(captions[np.sort(rows)], rng).to(device)
         with half_precision(device):
             return unet_loss(model, z, ids, alphas_cumprod) if kind == "unet" else dit_loss(model, z, ids)
@@ -178,7 +183,7 @@ def save_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 def main() -> None:
     """Train the named parts, or all of them in order."""
     parser = argparse.ArgumentParser(prog="python dev train-lab", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all, in this order")
+    parser.add_argument("parts", nargs="*", choices=[*STEPS, []], help="default: all, in this order")
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend")) / "lab")
     parser.add_argument("--steps", type=int, help="stop after so many steps")
     parser.add_argument("--pictures", type=int, default=8000)
@@ -188,11 +193,11 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     headless.boot()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for part in arguments.parts or PARTS:
+    for part in arguments.parts or STEPS:
         if part in ("vae", "decoder"):
-            train_autoencoder(arguments.cache, device, arguments.steps or 3400, arguments.pictures, part == "decoder")
+            train_autoencoder(arguments.cache, device, arguments.steps or STEPS[part], arguments.pictures, part == "decoder")
         else:
-            train_denoiser(part, arguments.cache, device, arguments.steps or 4000, arguments.pictures)
+            train_denoiser(part, arguments.cache, device, arguments.steps or STEPS[part], arguments.pictures)
 
 
 if __name__ == "__main__":

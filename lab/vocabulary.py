@@ -6,6 +6,8 @@ The words are the lab's language: its denoisers were trained with them, so they 
 import numpy as np
 
 COLOURS = ("black", "grey", "white", "red", "orange", "brown", "yellow", "green", "cyan", "blue", "purple", "pink")
+# What can be wrong with a picture, as the degradations say it. The lab's own training never uses these: they are there for what learns on it.
+DAMAGE = ("noisy", "blurry", "ringing", "motion", "focus", "low", "resolution", "quality", "compressed", "hazy", "rainy", "snowy", "faded")
 WORDS = (
     "dark", "dim", "balanced", "bright", "glowing",
     "flat", "soft", "contrasty",
@@ -20,6 +22,7 @@ WORDS = (
     "round", "square", "tall", "wide", "small-subject", "large-subject", "subject-left", "subject-right", "subject-centre",
     "top-light", "top-dark", "top-blue", "bottom-light", "bottom-dark", "bottom-green",
     "symmetric", "two-tone",
+    *DAMAGE,
 )
 PAD = len(WORDS)
 LENGTH = 16
@@ -113,8 +116,9 @@ def _subject_words(small: np.ndarray) -> list[str]:
     words.append(_step(float(columns.mean() / inside.shape[1]), (0.42, 0.58), ("subject-left", "subject-centre", "subject-right")))
     if max(tall, wide) > 1.4 * min(tall, wide):
         return words + ["tall" if tall > wide else "wide"]
-    # A uniform disc of deviation s fills 4 pi s**2, a square 12 s**2: compare the filled area with either.
-    return words + ["round" if inside.sum() < 0.85 * 4 * np.pi * tall * wide else "square"]
+    # A disc fills pi / 4 of the box around it, a square all of it.
+    box = (np.ptp(np.percentile(rows, (1, 99))) + 1) * (np.ptp(np.percentile(columns, (1, 99))) + 1)
+    return words + ["round" if inside.sum() < 0.88 * box else "square"]
 
 
 def _layout_words(small: np.ndarray, grey: np.ndarray) -> list[str]:

@@ -10,14 +10,24 @@ CAPTIONERS = "captioner"
 SHARED_CAPTIONER_KEYS = ("LLM", "llm")
 SAFE = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# Weights that come with the pack, trained on the lab prior.
+TRAINED = Path(__file__).parents[1] / "lab" / "trained"
 
 
 def register() -> None:
-    """Register the key `mend` for models/mend, behind any folders that extra_model_paths.yaml has given it."""
+    """Register the key `mend` for models/mend, behind any folders that extra_model_paths.yaml has given it, and for what comes with the pack."""
     folder_paths.add_model_folder_path(MEND, str(Path(folder_paths.models_dir) / MEND))
+    folder_paths.add_model_folder_path(MEND, str(TRAINED))
     paths, _ = folder_paths.folder_names_and_paths[MEND]
     # A key made by add_model_folder_path or by the yaml file has no extensions, which lists every file there is.
     folder_paths.folder_names_and_paths[MEND] = (paths, {SAFE})
+
+
+def weights_files() -> list[str]:
+    """Return the files of weights by name; captioners lie in the same folder and have a node of their own."""
+    if MEND not in folder_paths.folder_names_and_paths:
+        return []
+    return [name for name in folder_paths.get_filename_list(MEND) if Path(name).parts[0] != CAPTIONERS]
 
 
 def captioners() -> dict[str, Path]:

@@ -1,16 +1,32 @@
 """What the pack knows of the host's private shapes: gradients under inference mode, VAEs, latent spaces, wrappers. Nothing else may."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import comfy.conds
+import comfy.ldm.common_dit
+import comfy.lora
+import comfy.lora_convert
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
+import comfy.quant_ops
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+from comfy.weight_adapter import WeightAdapterBase
+from comfy.weight_adapter.bypass import BypassForwardHook
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -19,6 +35,9 @@ if TYPE_CHECKING:
 
 # Layers of networks that learn during a run: plain weights in the run's own precision, created where they are used.
 run_operations = comfy.ops.disable_weight_init
+# Layers of networks that are loaded beside a model: weights of any precision, used in that of what they are given.
+managed_operations = comfy.ops.manual_cast
+
 WrappersMP = comfy.patcher_extension.WrappersMP
 CallbacksMP = comfy.patcher_extension.CallbacksMP
 
@@ -170,12 +189,9 @@ def signal_level(model_sampling: Any, sigma: float) -> float:
 
 def add_run_wrappers(patcher: "ModelPatcher", key: str, wrappers: dict[str, Callable]) -> None:
     """Register wrappers under a key that is free on this patcher, so that the same node can be applied twice."""
-    taken = {name for group in patcher.wrappers.values() for name in group}
-    index = 0
-    while f"{key}_{index}" in taken:
-        index += 1
+    key = free_key(patcher, key)
     for kind, wrapper in wrappers.items():
-        patcher.add_wrapper_with_key(kind, f"{key}_{index}", wrapper)
+        patcher.add_wrapper_with_key(kind, key, wrapper)
 
 
 def load_with(patcher: "ModelPatcher", key: str, models: list["ModelPatcher"]) -> None:
@@ -197,3 +213,361 @@ def reraise_unless_out_of_memory(error: BaseException) -> None:
 def interrupt_point() -> None:
     """Raise the host's interruption if the user has pressed cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def pad_to_patches(x: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Pad (B, C, h, w) as transformers pad their latents before cutting them into patches."""
+    return comfy.ldm.common_dit.pad_to_patch_size(x, tuple(patch))
+
+
+def free_key(patcher: "ModelPatcher", base: str) -> str:
+    """Return `base` with the first number that no wrapper of this patcher has, so that the same node can be applied twice."""
+    taken = {name for group in patcher.wrappers.values() for name in group}
+    return next(key for index in range(len(taken) + 1) if (key := f"{base}_{index}") not in taken)
+
+
+def inference_module(build: Callable[..., nn.Module], tensors: dict[str, Tensor]) -> "ModelPatcher":
+    """Put a network under the host's memory management.
+
+    Args:
+        build: called with operations, dtype and device.
+        tensors: its weights, already checked against its shapes, since some hosts take wrong ones silently.
+    """
+
+    def make(disable_dynamic: bool = False) -> "ModelPatcher":
+        management = comfy.model_management
+        kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+        with torch.inference_mode(False):
+            network = build(operations=managed_operations, dtype=comfy.utils.weight_dtype(tensors), device=management.unet_offload_device())
+            patcher = kind(network, load_device=management.get_torch_device(), offload_device=management.unet_offload_device())
+            network.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=patcher.is_dynamic())
+        patcher.cached_patcher_init = (make, ())
+        return patcher
+
+    return make()
+
+
+def with_lora(patcher: "ModelPatcher", tensors: dict[str, Tensor], strength: float) -> "ModelPatcher":
+    """Return a clone with a LoRA in native keys; beside the weights where they are quantised, in them otherwise."""
+    if not any(isinstance(p, comfy.quant_ops.QuantizedTensor) for p in patcher.model.diffusion_model.parameters()):
+        return comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0)[0]
+    patched, names = patcher.clone(), comfy.lora.model_lora_keys_unet(patcher.model, {})
+    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), names)
+    beside = {key: change for key, change in loaded.items() if isinstance(key, str) and isinstance(change, WeightAdapterBase)}
+    patched.add_patches({key: change for key, change in loaded.items() if key not in beside}, strength)
+    branches = _LoraBranches(beside, strength)
+    injection = comfy.patcher_extension.PatcherInjection(branches.inject, branches.eject)
+    patched.set_injections(f"mend_lora_{len(patched.injections)}", [injection])
+    return patched
+
+
+class _LoraBranches:
+    """LoRA beside the weights, as hooks: the host's own branches wrap `forward`, and of two that are not unwrapped in reverse one stays."""
+
+    def __init__(self, adapters: dict[str, WeightAdapterBase], strength: float) -> None:
+        self.adapters, self.strength = adapters, strength
+        self.handles: dict[int, list[Any]] = {}
+
+    def inject(self, patcher: "ModelPatcher") -> None:
+        self.eject(patcher)
+        self.handles[id(patcher.model)] = [self._hooked(patcher.model, key, adapter) for key, adapter in self.adapters.items()]
+
+    def eject(self, patcher: "ModelPatcher") -> None:
+        for handle in self.handles.pop(id(patcher.model), ()):
+            handle.remove()
+
+    def _hooked(self, model: "BaseModel", key: str, adapter: WeightAdapterBase) -> Any:
+        layer = model.get_submodule(key.removesuffix(".weight"))
+        # It tells the adapter its strength and what kind of layer it is on.
+        branch = BypassForwardHook(layer, adapter, self.strength)
+        branch._move_adapter_weights_to_device(comfy.model_management.get_torch_device(), model.get_dtype_inference())
+        return layer.register_forward_hook(_lora_branch(adapter))
+
+
+def _lora_branch(adapter: WeightAdapterBase) -> Callable:
+    # GLoRA changes what goes into the layer too.
+    whole = type(adapter).bypass_forward is not WeightAdapterBase.bypass_forward
+
+    def add(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if whole:
+            return out + adapter.bypass_forward(layer.forward, *args) - layer.forward(*args)
+        return adapter.g(out + adapter.h(args[0], out))
+
+    return add
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """What the host's LoRA loader patches under some name.
+
+    Attributes:
+        key: of the weight, in the model's state dict.
+        rows: the first row and the number of rows that the name stands for in a fused layer; None for all.
+        reorder: what must be done to the rows of a change first, such as swapping shift and scale; None for nothing.
+    """
+
+    key: str
+    rows: tuple[int, int] | None = None
+    reorder: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether a change can be added to the weight as it is."""
+        return self.rows is None and self.reorder is None
+
+
+def lora_targets(model: "BaseModel") -> dict[str, LoraTarget]:
+    """Return all names under which the host's LoRA loader knows weights of this model, without the ends such as `.lora_up.weight`."""
+    weights, targets = set(model.state_dict()), {}
+    for name, value in comfy.lora.model_lora_keys_unet(model, {}).items():
+        key, narrow, reorder = (value, None, None) if isinstance(value, str) else (*value, None)[:3]
+        if key in weights:
+            targets[name] = LoraTarget(key, None if narrow is None else narrow[1:], reorder)  # the host narrows rows only
+    return targets
+
+
+def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the LoRA forms that the host knows by whole files, such as FLUX attention processors; other keys stay."""
+    named: dict[str, Tensor] = {}
+    for key, tensor in comfy.lora_convert.convert_lora(dict(tensors)).items():
+        processor = ".processor.qkv_lora" in key or ".processor.proj_lora" in key
+        named.update(comfy.lora_convert.convert_uso_lora({key: tensor}) if processor else {key: tensor})
+    return named
+
+
+def layer_shape(model: "BaseModel", key: str) -> tuple[int, ...]:
+    """Return the shape of a weight as the layer means it: quantised weights may be stored in another one."""
+    path, _, name = key.rpartition(".")
+    layer = model.get_submodule(path)
+    if name == "weight" and hasattr(layer, "in_features"):
+        return layer.out_features, layer.in_features
+    return tuple(getattr(layer, name).shape)
+
+
+def loaded_for_training(patcher: "ModelPatcher") -> None:
+    """Load a frozen model so that gradients can flow through it: outside inference mode, with normal weights."""
+    comfy.model_management.load_models_gpu([patcher])
+    plain_weights(patcher.model)
+    patcher.model.requires_grad_(False)
+
+
+def for_training(patcher: "ModelPatcher") -> "ModelPatcher":
+    """Return a clone whose weights stay where they are while something is trained through them."""
+    return patcher.clone(disable_dynamic=True) if patcher.is_dynamic() else patcher.clone()
+
+
+def model_conds(model: "BaseModel", conditioning: list, latent: Tensor) -> dict[str, comfy.conds.CONDRegular]:
+    """Return what a model makes of a CONDITIONING's first entry for latents of this shape."""
+    conds = {"positive": comfy.sampler_helpers.convert_cond(conditioning)[:1]}
+    return comfy.samplers.process_conds(model, latent, conds, latent.device, latent, None, 0)["positive"][0]["model_conds"]
+
+
+def batched_conds(rows: list[dict[str, comfy.conds.CONDRegular]]) -> dict[str, Any] | None:
+    """Put the conds of single samples together for one evaluation; None if they do not go together."""
+    single = [{name: cond.process_cond(batch_size=1, area=None) for name, cond in row.items()} for row in rows]
+    first, others = single[0], single[1:]
+    if any(row.keys() != first.keys() or not all(first[name].can_concat(row[name]) for name in first) for row in others):
+        return None
+    return {name: cond.concat([row[name] for row in others]) if others else cond.cond for name, cond in first.items()}
+
+
+def evaluate(patcher: "ModelPatcher", x: Tensor, sigma: Tensor, conds: dict[str, Any]) -> Tensor:
+    """Return the x0 that a patched model predicts, outside any sampler.
+
+    Args:
+        patcher: loaded.
+        x: (B, ...) as samplers hold it.
+        sigma: (B,).
+        conds: arguments of the evaluation, batched.
+    """
+    options = comfy.model_patcher.create_model_options_clone(patcher.model_options)["transformer_options"]
+    options |= {"wrappers": comfy.patcher_extension.copy_nested_dicts(patcher.wrappers), "cond_or_uncond": [0], "sigmas": sigma[:1],
+                "sample_sigmas": torch.stack([sigma[0], torch.zeros_like(sigma[0])])}
+    return patcher.model.apply_model(x, sigma, transformer_options=options, **conds)
+
+
+def encode_pictures(vae: "VAE", model: "BaseModel", pictures: Tensor) -> Tensor:
+    """Encode (B, H, W, 3) in 0..1 to latents as the model sees them, float32; a video VAE takes each picture for a video of one frame."""
+    if vae.latent_dim == 3:
+        raw = torch.cat([vae.encode(picture) for picture in pictures[..., :3].split(1)])
+    else:
+        raw = vae.encode(pictures[..., :3])
+    return model.process_latent_in(raw.float())
+
+
+def output_slope(model_sampling: Any, sigma: Tensor, like: Tensor) -> Tensor:
+    """How far x0 moves when a model's output moves by 1, (B, 1, ...): whatever the model predicts, errors of x0 divided by it are errors of its output."""
+    zero = torch.zeros_like(like[:, :1])
+    return (model_sampling.calculate_denoised(sigma, zero + 1, zero) - model_sampling.calculate_denoised(sigma, zero, zero)).flatten(1)[:, :1].reshape(
+        -1, *[1] * (like.ndim - 1))
+
+
+def sample_restoration(patcher: "ModelPatcher", conditioning: list, noise: Tensor, steps: int) -> Tensor:
+    """Sample (1, ...) latents from pure noise with Euler steps and no negative prompt; returns raw latents for the VAE."""
+    latent = torch.zeros_like(noise)
+    return comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", conditioning, conditioning, latent, disable_pbar=True)
+
+
+# What samplers do with the states they hand to the model, by the name of their function. Most walk on from that very tensor.
+#   ahead: they do, and before that they evaluate a guess of the next state at the next state's sigma;
+#   copied: they walk on from another tensor, of which the model was given a scaled copy or a guess;
+#   apart: they walk a schedule of their own.
+_STATE_USE = {
+    **dict.fromkeys(("heun", "heunpp2", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp",
+                     "sa_solver_pece"), "ahead"),
+    **dict.fromkeys(("sa_solver", "unipc", "unipc_bh2"), "copied"),
+    **dict.fromkeys(("dpm_fast", "dpm_adaptive"), "apart"),
+}  # fmt: skip
+
+
+def state_use(sampler_function: Callable) -> str:
+    """Tell what a sampler does with the states it hands to the model: kept, ahead, copied or apart (see above)."""
+    name = getattr(sampler_function, "__name__", "")
+    return _STATE_USE.get(name.removeprefix("sample_").removesuffix("_function"), "kept")
+
+
+def continue_with(executor: Any, sampler: comfy.samplers.Sampler, *args: Any, **kwargs: Any) -> Tensor:
+    """Go on from a SAMPLER_SAMPLE wrapper to the ones after it, and then to another sampler than the one that was called."""
+    following = comfy.patcher_extension.WrapperExecutor.new_class_executor(sampler.sample, sampler, executor.wrappers, executor.idx + 1)
+    return following.execute(*args, **kwargs)
+
+
+# What interrupt_point raises; not an Exception, so that it passes handlers of errors.
+INTERRUPTED = comfy.model_management.InterruptProcessingException
+
+
+def checkpointed_blocks(patcher: "ModelPatcher") -> "ModelPatcher":
+    """Return a clone whose blocks keep no activations for the backward pass but compute them again.
+
+    For UNets, and transformers whose blocks can be replaced (SD3, FLUX, WAN). Patches that others have put around a block stay outside of it.
+    FLUX needs unshared_norm_inputs as ever, until the backward pass is over.
+
+    Raises:
+        ValueError: for other models.
+    """
+    patched, diffusion_model = patcher.clone(), patcher.model.diffusion_model
+    if hasattr(diffusion_model, "input_blocks"):
+        _checkpoint_unet(patched)
+        return patched
+    lists = {"joint_blocks": "double_block", "double_blocks": "double_block", "single_blocks": "single_block", "blocks": "double_block"}
+    sizes = [(kind, len(getattr(diffusion_model, name))) for name, kind in lists.items() if hasattr(diffusion_model, name)]
+    if not sizes:
+        raise ValueError(f"gradient checkpointing does not know models of the kind {type(patcher.model).__name__}. Switch it off.")
+    # The host checkpoints every replaced block of SD3 by itself.
+    run = _run_block if hasattr(diffusion_model, "joint_blocks") else _run_checkpointed
+    for kind, size in sizes:
+        for index in range(size):
+            _put_inside(patched, kind, index, run)
+    return patched
+
+
+def _put_inside(patcher: "ModelPatcher", kind: str, index: int, run: Callable[[Callable, dict], dict]) -> None:
+    """Have `run` call one of a transformer's blocks, inside of whatever replaces that block already."""
+    earlier = patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {}).get((kind, index))
+
+    def replacement(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        def inner(args: dict[str, Any]) -> dict[str, Any]:
+            return run(extra["original_block"], args)
+
+        return inner(args) if earlier is None else earlier(args, {**extra, "original_block": inner})
+
+    patcher.set_model_patch_replace(replacement, "dit", kind, index)
+
+
+def _run_block(block: Callable, args: dict[str, Any]) -> dict[str, Any]:
+    return block(args)
+
+
+def _run_checkpointed(block: Callable, args: dict[str, Any]) -> dict[str, Any]:
+    if not torch.is_grad_enabled():
+        return block(args)
+    block, options = _bound_now(block), dict(args["transformer_options"])
+    # FLUX writes into the streams it is given, which the second run must find as they were.
+    return checkpoint(lambda: block({**args, **_copied_streams(args), "transformer_options": dict(options)}), use_reentrant=False)
+
+
+def _copied_streams(args: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: args[name].clone() for name in ("img", "txt") if isinstance(args.get(name), Tensor)}
+
+
+def _bound_now(function: Callable) -> Callable:
+    """Copy a closure with what its variables hold now: the host's name the block of a loop that has moved on by the backward pass."""
+    cells = getattr(function, "__closure__", None)
+    if cells is None:
+        return function
+    own = tuple(CellType(cell.cell_contents) for cell in cells)
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, own)
+
+
+def _checkpoint_unet(patcher: "ModelPatcher") -> None:
+    from comfy.ldm.modules.attention import SpatialTransformer
+    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, forward_timestep_embed
+
+    def handler(layer: nn.Module, x: Tensor, emb: Tensor, context: Tensor, options: dict, *rest: Any) -> Tensor:
+        handlers = [entry for entry in options["patches"]["forward_timestep_embed_patch"] if entry[1] is not handler]
+        before, after = {**options, "patches": {**options["patches"], "forward_timestep_embed_patch": handlers}}, {}
+
+        def run(x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+            own = dict(before)
+            x = forward_timestep_embed([layer], x, emb, context, own, *rest)
+            after.update(own)
+            return x
+
+        x = checkpoint(run, x, emb, context, use_reentrant=False) if torch.is_grad_enabled() else run(x, emb, context)
+        options.update({name: value for name, value in after.items() if name != "patches"})
+        return x
+
+    patcher.set_model_patch(((ResBlock, SpatialTransformer), handler), "forward_timestep_embed_patch")
+
+
+def weights_fingerprint(patcher: "ModelPatcher") -> str:
+    """Tell models apart by the first values of all weights as they were loaded, and by the strengths of the patches on them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, p in sorted(patcher.model.named_parameters()):
+        # Weights that are patched at the moment, by this clone or another one, are kept here as they were.
+        p = patcher.backup[name].weight if name in patcher.backup else p
+        digest.update(f"{name} {tuple(p.shape)} {[entry[0] for entry in patcher.patches.get(name, ())]}".encode())
+        if not p.is_meta and p.numel() and not isinstance(p, comfy.quant_ops.QuantizedTensor):
+            while p.ndim > 1:
+                p = p[0]
+            digest.update(p.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def progress_text(text: str, node_id: str) -> None:
+    """Write a line under a node while it runs."""
+    import server
+
+    server.PromptServer.instance.send_progress_text(text, node_id)
+
+
+def latent_frames(vae: "VAE", pictures: int) -> int:
+    """Return how many latent frames a VAE makes of so many pictures of one video: as many, if it knows pictures only."""
+    return vae.downscale_ratio[0](pictures) if _is_video_vae(vae) else pictures
+
+
+def video_pictures(vae: "VAE", frames: int) -> int:
+    """Return how many pictures a VAE makes of so many latent frames."""
+    return vae.upscale_ratio[0](frames) if _is_video_vae(vae) else frames
+
+
+def encode_video(vae: "VAE", pictures: Tensor) -> Tensor:
+    """Encode (F, H, W, 3) in 0..1 as one video to raw (1, C, T, h, w), picture by picture where the VAE knows pictures only."""
+    if _is_video_vae(vae):
+        return vae.encode(pictures).float()
+    raw = torch.cat([vae.encode(picture) for picture in pictures.split(1)]).float()
+    return (raw[:, :, 0] if raw.ndim == 5 else raw).movedim(0, 1)[None]
+
+
+def _is_video_vae(vae: "VAE") -> bool:
+    return vae.latent_dim == 3 and not getattr(vae, "not_video", False) and isinstance(vae.downscale_ratio, tuple)
+
+
+class trained_operations(comfy.ops.manual_cast):  # noqa: N801 - named as the host names its own
+    """The same for networks that are yet to be trained: where the host loads weights on demand, its layers have none before a file is loaded."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        """The host gives weights at once to layers that load in a way of their own."""
+
+        def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+            super()._load_from_state_dict(*args, **kwargs)

@@ -5,7 +5,7 @@ from typing_extensions import override
 from comfy_api.latest import ComfyExtension, io
 
 from ..model_patches import folders
-from . import caption, degradation, frame, lab, zero_shot
+from . import adapter, caption, degradation, frame, lab, lora, restoration_guidance, training, training_data, weights, zero_shot
 
 
 class MendExtension(ComfyExtension):
@@ -19,4 +19,7 @@ class MendExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return all nodes."""
-        return [*lab.NODES, *zero_shot.NODES, *frame.NODES, *caption.NODES, *degradation.NODES]
+        return [
+            *lab.NODES, *zero_shot.NODES, *frame.NODES, *caption.NODES, *degradation.NODES,
+            *restoration_guidance.NODES, *training_data.NODES, *training.NODES, *adapter.NODES, *lora.NODES, *weights.NODES,
+        ]  # fmt: skip

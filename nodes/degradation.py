@@ -1,18 +1,24 @@
 """Nodes that damage good pictures on purpose, to try restorations on and to train with."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from comfy_api.latest import io
 
-from ..degradations import kernels, operators, real_esrgan, resizing
+from ..degradations import limits, operators, real_esrgan
+from ..degradations.recipe import REAL_ESRGAN as REAL_ESRGAN_KIND
+from ..degradations.recipe import Recipe, Step, enlarged
 from ..model_patches.framing import check_finite, check_pictures, resize, rgb_pictures
 
+MendDegradation = io.Custom("MEND_DEGRADATION")
 DEGRADE, REAL_ESRGAN = "Degrade Image", "Real-ESRGAN Degradation"
 LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
 
 
-def _float(name: str, default: float, least: float, most: float, step: float, tooltip: str) -> io.Input:
+def _float(name: str, default: float, step: float, tooltip: str) -> io.Input:
+    least, most = limits.RANGES[name]
     return io.Float.Input(name, default=float(default), min=least, max=most, step=step, round=False, tooltip=tooltip)
 
 
@@ -21,40 +27,40 @@ def _grey_noise() -> io.Input:
 
 
 def _shot(default: float) -> io.Input:
-    return _float("shot", default, 0, 10, 0.05, "Strength of the shot noise, which is stronger in bright parts. 1 is 256 photons at white.")
+    return _float("shot", default, 0.05, "Strength of the shot noise, which is stronger in bright parts. 1 is 256 photons at white.")
 
 
 def _method(name: str, default: str, tooltip: str) -> io.Input:
-    return io.Combo.Input(name, options=list(resizing.METHODS), default=default, tooltip=tooltip)
+    return io.Combo.Input(name, options=list(limits.OPTIONS[name]), default=default, tooltip=tooltip)
 
 
 def _noise_and_blur() -> dict[str, list[io.Input]]:
     return {
-        "gaussian noise": [_float("sigma", 25, 0, 255, 1, "Deviation of the noise, in levels of 255. 50 is very strong."), _grey_noise()],
+        "gaussian noise": [_float("sigma", 25, 1, "Deviation of the noise, in levels of 255. 50 is very strong."), _grey_noise()],
         "poisson noise": [_shot(1.0), _grey_noise()],
         "blur": [
-            _float("width", 2, 0, 10, 0.1, "Deviation of the blur in pixels, along its angle. 0 switches it off."),
-            _float("width_across", 0, 0, 10, 0.1, "Deviation across the angle. 0 makes it the same in all directions."),
-            _float("blur_angle", 0, -180, 180, 1, "Direction of the blur in degrees, counter-clockwise from horizontal."),
+            _float("width", 2, 0.1, "Deviation of the blur in pixels, along its angle. 0 switches it off."),
+            _float("width_across", 0, 0.1, "Deviation across the angle. 0 makes it the same in all directions."),
+            _float("blur_angle", 0, 1, "Direction of the blur in degrees, counter-clockwise from horizontal."),
             io.Combo.Input(
-                "profile", options=list(kernels.SHAPES), default="gaussian",
+                "profile", options=list(limits.OPTIONS["profile"]), default="gaussian",
                 tooltip="gaussian: a bell. generalised: a bell with a form of its own. plateau: flat on top with long tails.",
             ),
-            _float("beta", 1, 0.1, 8, 0.1, "Form of the generalised and plateau profiles. Higher is flatter on top and steeper at the edge."),
+            _float("beta", 1, 0.1, "Form of the generalised and plateau profiles. Higher is flatter on top and steeper at the edge."),
         ],
-        "ringing": [_float("cutoff", 0.5, 0.05, 1, 0.01, "Finest detail that is kept, as a fraction of what the pixels can hold.")],
+        "ringing": [_float("cutoff", 0.5, 0.01, "Finest detail that is kept, as a fraction of what the pixels can hold.")],
         "motion blur": [
-            _float("length", 15, 1, 61, 2, "Length of the movement in pixels."),
-            _float("motion_angle", 0, -180, 180, 1, "Direction of the movement in degrees, counter-clockwise from horizontal."),
+            _float("length", 15, 2, "Length of the movement in pixels."),
+            _float("motion_angle", 0, 1, "Direction of the movement in degrees, counter-clockwise from horizontal."),
         ],
-        "defocus": [_float("radius", 4, 0, 30, 0.5, "Radius in pixels of the disc that a point becomes.")],
+        "defocus": [_float("radius", 4, 0.5, "Radius in pixels of the disc that a point becomes.")],
     }  # fmt: skip
 
 
 def _storage() -> dict[str, list[io.Input]]:
     return {
         "resize": [
-            _float("factor", 4, 1, 32, 0.1, "How many times smaller both sides become."),
+            _float("factor", 4, 0.1, "How many times smaller both sides become."),
             _method("method", "area", "How the picture is made smaller. bilinear and bicubic leave jagged edges."),
             _method("up_method", "bicubic", "How it is enlarged again."),
             io.Boolean.Input("keep_size", default=True, tooltip="Enlarge the picture to its old size again. Off leaves it small."),
@@ -66,11 +72,12 @@ def _storage() -> dict[str, list[io.Input]]:
 def _light_and_weather() -> dict[str, list[io.Input]]:
     return {
         "haze": [
-            _float("density", 1.2, 0, 10, 0.05, "How thick the haze is. 0.6 is a veil, 1.8 is fog."),
-            _float("airlight", 0.85, 0, 1, 0.01, "Brightness of the haze itself."),
+            _float("density", 1.2, 0.05, "How thick the haze is. 0.6 is a veil, 1.8 is fog."),
+            _float("airlight", 0.85, 0.01, "Brightness of the haze itself."),
             io.Image.Input(
                 "depth", optional=True,
-                tooltip="How far away everything is, as a grey picture. Without it a depth is made up: far at the top, near at the bottom.",
+                tooltip="How far away everything is, as a grey picture. Without it a depth is made up: far at the top, near at the bottom. "
+                "The degradation output always makes one up.",
             ),
             io.Combo.Input(
                 "white_is", options=["near", "far"], default="near",
@@ -78,25 +85,25 @@ def _light_and_weather() -> dict[str, list[io.Input]]:
             ),
         ],
         "low light": [
-            _float("exposure", 0.25, 0.01, 1, 0.01, "Brightness that white keeps."),
-            _float("gamma", 2.2, 1, 5, 0.1, "How much further the shadows sink."),
+            _float("exposure", 0.25, 0.01, "Brightness that white keeps."),
+            _float("gamma", 2.2, 0.1, "How much further the shadows sink."),
             _shot(0.5),
-            _float("grain", 5, 0, 100, 0.5, "Deviation of the noise of the sensor, in levels of 255."),
+            _float("grain", 5, 0.5, "Deviation of the noise of the sensor, in levels of 255."),
         ],
         "rain": [
-            _float("rain", 0.5, 0, 1, 0.01, "How much rain falls."),
-            _float("streak_length", 25, 3, 61, 2, "Length of a streak in pixels."),
-            _float("streak_angle", 75, -180, 180, 1, "Direction of the streaks in degrees, counter-clockwise from horizontal."),
+            _float("rain", 0.5, 0.01, "How much rain falls."),
+            _float("streak_length", 25, 2, "Length of a streak in pixels."),
+            _float("streak_angle", 75, 1, "Direction of the streaks in degrees, counter-clockwise from horizontal."),
         ],
         "snow": [
-            _float("snow", 0.5, 0, 1, 0.01, "How much snow falls."),
-            _float("flake_size", 3, 0.5, 20, 0.5, "Radius in pixels of the largest flakes."),
+            _float("snow", 0.5, 0.01, "How much snow falls."),
+            _float("flake_size", 3, 0.5, "Radius in pixels of the largest flakes."),
         ],
         "fading": [
-            _float("fading", 0.7, 0, 1, 0.01, "How far colour and contrast have gone. At 1 only a pale print is left."),
-            _float("tint", 0.5, 0, 1, 0.01, "How yellow the paper has become."),
+            _float("fading", 0.7, 0.01, "How far colour and contrast have gone. At 1 only a pale print is left."),
+            _float("tint", 0.5, 0.01, "How yellow the paper has become."),
         ],
-        "grey": [_float("greyness", 1, 0, 1, 0.01, "How much of the colour is lost. 1 leaves none.")],
+        "grey": [_float("greyness", 1, 0.01, "How much of the colour is lost. 1 leaves none.")],
     }  # fmt: skip
 
 
@@ -113,11 +120,23 @@ def _words_input() -> io.Input:
     )
 
 
+def _recipe_input() -> io.Input:
+    return MendDegradation.Input(
+        "degradation", optional=True,
+        tooltip="Where image comes from another degradation: its degradation output, which this one is appended to.",
+    )  # fmt: skip
+
+
 def _outputs() -> list[io.Output]:
     return [
         io.Image.Output(display_name="image", tooltip="The damaged picture; transparency is kept, grey becomes RGB."),
         io.String.Output(
             display_name="words", tooltip="What is wrong with it, such as 'noisy, compressed'. Use it in a negative prompt, or append more."
+        ),
+        MendDegradation.Output(
+            display_name="degradation",
+            tooltip="The recipe of the whole chain up to here, without masks, depth pictures and seeds. Connect it to Paired Data to train "
+            "on the damage that you see.",
         ),
     ]
 
@@ -143,25 +162,32 @@ class DegradeImage(io.ComfyNode):
                     tooltip="What to do to the picture. Each kind has strengths of its own.",
                 ),
                 _seed(),
-                io.Mask.Input("mask", optional=True, tooltip="White where the picture is damaged; black parts stay as they are."),
+                io.Mask.Input(
+                    "mask", optional=True,
+                    tooltip="White where the picture is damaged; black parts stay as they are. Not part of the degradation output.",
+                ),
                 _words_input(),
+                _recipe_input(),
             ],
             outputs=_outputs(),
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, image: Tensor, kind: dict, seed: int, mask: Tensor | None = None, words: str = "") -> io.NodeOutput:
-        """Return the damaged pictures and the words."""
+    def execute(
+        cls, image: Tensor, kind: dict, seed: int, mask: Tensor | None = None, words: str = "", degradation: Recipe | None = None
+    ) -> io.NodeOutput:  # fmt: skip
+        """Return the damaged pictures, the words and the recipe."""
         pictures = rgb_pictures(image, DEGRADE)
         settings = dict(kind)
         name = settings.pop("kind")
+        recipe = _appended(degradation, name, {key: value for key, value in settings.items() if key not in ("depth", "white_is")}, DEGRADE)
         if name == "haze":
             settings["depth"] = _depth(settings.get("depth"), settings.pop("white_is"), pictures)
         elif name == "resize" and mask is not None and not settings["keep_size"]:
             raise ValueError(f"{DEGRADE}: mask cannot be used where the picture becomes smaller. Turn keep_size on, or disconnect mask.")
         where = None if mask is None else _fitted(_mask_pictures(mask), pictures, "mask")
         degraded, new = operators.degrade(pictures, name, seed, where, **settings)
-        return io.NodeOutput(_with_alpha(degraded, image), operators.joined(words, new))
+        return io.NodeOutput(_with_alpha(degraded, image), operators.joined(words, new), recipe)
 
 
 class RealESRGANDegradation(io.ComfyNode):
@@ -180,7 +206,7 @@ class RealESRGANDegradation(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The good picture, of any size; grey, RGB or with transparency."),
                 io.Combo.Input(
-                    "preset", options=list(real_esrgan.PRESETS), default="mild",
+                    "preset", options=list(limits.OPTIONS["preset"]), default="mild",
                     tooltip="standard: as Real-ESRGAN was trained; little detail survives. mild: the weaker set of diffusion restorers.",
                 ),
                 io.Int.Input("scale", default=4, min=1, max=8, tooltip="How many times smaller the picture becomes on the way."),
@@ -190,18 +216,32 @@ class RealESRGANDegradation(io.ComfyNode):
                 ),
                 _seed(),
                 _words_input(),
+                _recipe_input(),
             ],
             outputs=_outputs(),
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, image: Tensor, preset: str, scale: int, keep_size: bool, seed: int, words: str = "") -> io.NodeOutput:
-        """Return the damaged pictures and the words."""
+    def execute(
+        cls, image: Tensor, preset: str, scale: int, keep_size: bool, seed: int, words: str = "", degradation: Recipe | None = None
+    ) -> io.NodeOutput:  # fmt: skip
+        """Return the damaged pictures, the words and the recipe."""
         pictures = rgb_pictures(image, REAL_ESRGAN)
+        settings = {"preset": preset, "scale": scale, "keep_size": keep_size}
+        recipe = _appended(degradation, REAL_ESRGAN_KIND, settings, REAL_ESRGAN)
         degraded, new = real_esrgan.degrade(pictures, preset, scale, seed)
         if keep_size:
-            degraded = resizing.resize(degraded, (pictures.shape[1], pictures.shape[2]), "bicubic").clamp(0, 1)
-        return io.NodeOutput(_with_alpha(degraded, image), operators.joined(words, new))
+            degraded = enlarged(degraded, pictures)
+        return io.NodeOutput(_with_alpha(degraded, image), operators.joined(words, new), recipe)
+
+
+def _appended(before: Recipe | None, kind: str, settings: dict[str, Any], node: str) -> Recipe:
+    try:
+        step = Step.of(kind, settings)
+    except ValueError as error:
+        # The host checks the ranges of widgets, but not of what is linked to them.
+        raise ValueError(f"{node}: {error}") from error
+    return (before or Recipe()).then(step)
 
 
 def _with_alpha(degraded: Tensor, image: Tensor) -> Tensor:

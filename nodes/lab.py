@@ -27,7 +27,7 @@ class LoadLabPrior(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The denoiser, for pictures up to about 512 pixels."),
                 io.Clip.Output(
-                    display_name="clip", tooltip="Its text encoder: knows about 65 words such as bright, warm, red, round, detailed."
+                    display_name="clip", tooltip="Its text encoder: knows about 80 words such as bright, warm, red, round, detailed."
                 ),
                 io.Vae.Output(display_name="vae", tooltip="Its VAE, 16 channels and 8 pixels a cell."),
             ],

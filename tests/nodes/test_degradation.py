@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mend.degradations import operators, real_esrgan
+from mend.degradations import limits, operators, real_esrgan
+from mend.degradations.recipe import REAL_ESRGAN, Recipe, Step
 from mend.nodes.degradation import DegradeImage, RealESRGANDegradation
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "degrade_image.json"
@@ -102,25 +103,64 @@ def test_every_kind_runs_in_the_host(run, kind):
 def test_every_kind_takes_every_picture(kind, shape):
     image = picture(*shape)
     kept = image.clone()
-    out, words = DegradeImage.execute(image, {"kind": kind, **defaults(kind)}, 1).result
+    out, words, _ = DegradeImage.execute(image, {"kind": kind, **defaults(kind)}, 1).result
     assert out.shape == (*shape[:3], max(3, shape[3])) and torch.isfinite(out).all() and isinstance(words, str)
     assert torch.equal(image, kept)
     if shape[3] == 4:
         assert torch.equal(out[..., 3], image[..., 3])
 
 
-def test_chains_append_their_words(run_prompt):
+def after(node):
+    """The inputs that continue a chain."""
+    return {"image": [node, 0], "words": [node, 1], "degradation": [node, 2]}
+
+
+def test_chains_append_their_words_and_their_recipe(run_prompt):
     steps = {
         "1": {"class_type": "TestGiven", "inputs": {"name": "image"}},
-        "2": {"class_type": "MendDegradeImage", "inputs": degrade_inputs("haze")},
-        "3": {"class_type": "MendDegradeImage", "inputs": {**degrade_inputs("gaussian noise"), "image": ["2", 0], "words": ["2", 1]}},
-        "4": {"class_type": "MendRealESRGANDegradation", "inputs": real_esrgan_inputs(image=["3", 0], words=["3", 1])},
+        "2": {"class_type": "MendDegradeImage", "inputs": degrade_inputs("haze", density=0.7)},
+        "3": {"class_type": "MendDegradeImage", "inputs": {**degrade_inputs("gaussian noise"), **after("2")}},
+        "4": {"class_type": "MendRealESRGANDegradation", "inputs": {**real_esrgan_inputs(scale=2), **after("3")}},
         "5": {"class_type": "TestCapture", "inputs": {"value": ["4", 1]}},
         "6": {"class_type": "TestCapture", "inputs": {"value": ["4", 0]}},
+        "7": {"class_type": "TestCapture", "inputs": {"value": ["4", 2]}},
     }
     values = run_prompt(steps, given={"image": picture(1, 32, 32, 3)}).values
     assert values["5"] == "hazy, noisy, blurry, compressed, low resolution"
     assert values["6"].shape == (1, 32, 32, 3)
+    assert values["7"].to_json() == [
+        {"kind": "haze", "airlight": 0.85, "density": 0.7},
+        {"kind": "gaussian noise", "grey_noise": False, "sigma": 25.0},
+        {"kind": REAL_ESRGAN, "keep_size": True, "preset": "mild", "scale": 2},
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recipe_says_what_the_node_does(kind):
+    recipe = DegradeImage.execute(picture(1, 8, 8, 3), {"kind": kind, **defaults(kind)}, 1).result[2]
+    assert recipe == Recipe().then(Step.of(kind, operator_settings(kind)))
+    assert recipe.apply(picture(1, 8, 8, 3), 1)[1] == operators.OPERATORS[kind].words
+
+
+def test_mask_and_depth_are_not_part_of_the_recipe():
+    image = picture(1, 8, 8, 3)
+    settings = {"kind": "haze", **defaults("haze"), "depth": torch.zeros(1, 8, 8, 3)}
+    recipe = DegradeImage.execute(image, settings, 1, mask=torch.zeros(1, 8, 8)).result[2]
+    assert recipe == Recipe().then(Step.of("haze", {}))
+    assert recipe.apply(image, 1)[1] == ("hazy",)
+
+
+def test_a_linked_value_out_of_range_is_refused(refused):
+    message = refused(picture(1, 8, 8, 3), degrade_inputs("jpeg"), kind__quality=0)
+    assert "Degrade Image: quality of the degradation 'jpeg' is 0; it has to be a number from 1 to 100" in message
+
+
+def test_nodes_and_recipes_share_their_limits():
+    entries = [entry for inputs in options().values() for entry in inputs] + RealESRGANDegradation.GET_SCHEMA().inputs
+    found = {entry.id: (entry.min, entry.max) for entry in entries if getattr(entry, "min", None) is not None and entry.id != "seed"}
+    assert found == limits.RANGES
+    choices = {entry.id: tuple(entry.options) for entry in entries if hasattr(entry, "options") and entry.id not in ("white_is",)}
+    assert choices == limits.OPTIONS
 
 
 def test_mask_is_fitted_and_selects(run):
@@ -211,7 +251,7 @@ def test_real_esrgan_runs_in_the_host(run, preset):
 @pytest.mark.parametrize("scale", [1, 8])
 def test_real_esrgan_takes_every_picture(shape, scale):
     image = picture(*shape)
-    out, _ = RealESRGANDegradation.execute(image, "standard", scale, True, 2**64 - 1).result
+    out, _, _ = RealESRGANDegradation.execute(image, "standard", scale, True, 2**64 - 1).result
     assert out.shape == (*shape[:3], max(3, shape[3])) and torch.isfinite(out).all() and out.min() >= 0 and out.max() <= 1
     if shape[3] == 4:
         assert torch.equal(out[..., 3], image[..., 3])

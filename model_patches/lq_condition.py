@@ -1,0 +1,94 @@
+"""The degraded picture's latent as part of the host's conditioning, so that it is batched, cropped to areas and cut to context windows with it."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import comfy.conds
+
+
+class LatentCondition:
+    """A degraded latent, and where it counts.
+
+    Args:
+        key: the name it has among the model's conds; free on the model.
+        c_lq: (B, C, h, w) or (B, C, f, h, w), as the model sees latents.
+        mask: (M, H, W) in 0..1, of any size; None for everywhere.
+        node: whom messages name.
+    """
+
+    def __init__(self, key: str, c_lq: Tensor, mask: Tensor | None, node: str) -> None:
+        self.key, self.c_lq, self.mask, self.node = key, c_lq, mask, node
+
+    def sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any,
+                       **kwargs: Any) -> Tensor:
+        """SAMPLER_SAMPLE wrapper: every cond of this run carries the latent."""
+        before = guider.conds
+        cond = comfy.conds.CONDNoiseShape(self.fitted(noise))
+        guider.conds = {name: [{**entry, "model_conds": {**entry.get("model_conds", {}), self.key: cond}} for entry in entries or ()]
+                        for name, entries in before.items()}
+        try:
+            return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+        finally:
+            guider.conds = before
+
+    def fitted(self, noise: Tensor) -> Tensor:
+        """Return latent and mask for a run, (B, C + 1, ...) on the noise's device; up to a cell is padded or cropped.
+
+        Raises:
+            ValueError: when picture or mask do not fit the latent; the message names the input and both sizes.
+        """
+        if getattr(noise, "is_nested", False) or noise.ndim != self.c_lq.ndim or noise.shape[1] != self.c_lq.shape[1]:
+            raise ValueError(f"{self.node}: the degraded latent is {_size(self.c_lq)} and the one that is sampled {_size(noise)}. "
+                             "Use the VAE of this model.")
+        batch, sides = noise.shape[0], noise.shape[2:]
+        if any(abs(side - own) > 1 for side, own in zip(sides, self.c_lq.shape[2:])):
+            raise ValueError(f"{self.node}: the degraded latent is {_size(self.c_lq)} and the one that is sampled {_size(noise)}. "
+                             "Encode the same picture that you connect here (Frame Image pads both alike).")
+        c_lq = _rows(_resized(self.c_lq, sides), batch, "degraded", self.node)
+        mask = torch.ones_like(c_lq[:, :1]) if self.mask is None else _rows(_latent_mask(self.mask, sides), batch, "mask", self.node)
+        return torch.cat([c_lq, mask.to(c_lq)], 1).to(noise.device)
+
+    def take(self, kwargs: dict[str, Any], x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Take latent and mask out of the arguments of one model evaluation, as x (device, precision); None if this evaluation carries none.
+
+        Raises:
+            ValueError: when another pack samples in pieces of its own, which the latent was not cut to.
+        """
+        held = kwargs.pop(self.key, None)
+        if held is None:
+            return None
+        if held.shape[2:] != x.shape[2:]:
+            raise ValueError(f"{self.node}: the model is given {_size(x)} of a latent of {_size(held)}, by a tiled sampler that the degraded latent "
+                             "cannot follow. Tile the picture instead, and restore tile by tile.")
+        both = held.to(x)
+        return both[:, :-1], both[:, -1:]
+
+
+def _size(latent: Tensor) -> str:
+    return "x".join(str(side) for side in latent.shape)
+
+
+def _resized(latent: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """Crop at the end or repeat the last cell, to reach the sides."""
+    for axis, side in enumerate(sides, 2):
+        latent = latent.narrow(axis, 0, min(side, latent.shape[axis]))
+        if latent.shape[axis] < side:
+            latent = torch.cat([latent, latent.narrow(axis, latent.shape[axis] - 1, 1)], axis)
+    return latent
+
+
+def _rows(latent: Tensor, batch: int, name: str, node: str) -> Tensor:
+    if not len(latent) or batch % len(latent):
+        raise ValueError(f"{node}: '{name}' holds {len(latent)} for a batch of {batch}. Give one for all, or one each.")
+    return latent.repeat(batch // len(latent), *[1] * (latent.ndim - 1))
+
+
+def _latent_mask(mask: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """Return (M, 1, *sides): averages over cells. On video the masks are frames, spread over the latent's frames."""
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().clamp(0, 1)
+    if len(sides) == 2:
+        return F.interpolate(mask, sides, mode="area")
+    return F.interpolate(mask.movedim(0, 1).unsqueeze(0), sides, mode="area")

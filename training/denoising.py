@@ -1,0 +1,77 @@
+"""Denoising objectives: the user's frozen model is shown noised latents, and what it says of them is compared with what is true."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model_patches.host import batched_conds, evaluate, is_flow, loaded_for_training, model_conds, output_slope
+from .trainee import Models
+
+SMALLEST_FLOW_TIME = 1e-3
+
+
+class Denoising:
+    """A frozen model and the texts it is told, for as long as something is trained on it.
+
+    Args:
+        models: MODEL and, unless all texts are empty conditioning, CLIP.
+        patched: the model with the trainee's patches, loaded for training.
+    """
+
+    def __init__(self, models: Models, patched: Any) -> None:
+        self.models, self.patched = models, patched
+        self.sampling = patched.get_model_object("model_sampling")
+        self.encoded: dict[str, list] = {}
+        loaded_for_training(patched)
+
+    def conditioning(self, text: str) -> list:
+        """Return the CONDITIONING of a text; each distinct text is encoded once."""
+        if text not in self.encoded:
+            clip = self.models.clip
+            with torch.no_grad():
+                self.encoded[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        return self.encoded[text]
+
+    def x0(self, x: Tensor, sigma: Tensor, texts: Sequence[str], extra: dict[str, Tensor]) -> Tensor:
+        """Return the clean latents the model predicts.
+
+        Args:
+            x: (B, ...) noised latents, as samplers hold them.
+            sigma: (B,).
+            texts: B of them.
+            extra: further arguments of the model, B rows each.
+        """
+        rows = [model_conds(self.patched.model, self.conditioning(text), x[:1]) for text in texts]
+        together = batched_conds(rows)
+        if together is not None:
+            return evaluate(self.patched, x, sigma, together | extra)
+        parts = []
+        for i, row in enumerate(rows):
+            own = batched_conds([row]) | {name: value[i:i + 1] for name, value in extra.items()}
+            parts.append(evaluate(self.patched, x[i:i + 1], sigma[i:i + 1], own))
+        return torch.cat(parts)
+
+    def loss(self, z0: Tensor, texts: Sequence[str], generators: Sequence[torch.Generator], extra: dict[str, Tensor]) -> Tensor:
+        """Return the mean square error of the model's own output (eps, v or velocity), at noise levels drawn as its family is trained.
+
+        Args:
+            z0: (B, ...) clean latents as the model sees them.
+            generators: one a sample.
+        """
+        sigma = torch.stack([self.draw_sigma(generator) for generator in generators]).to(z0)
+        noise = torch.stack([torch.randn(row.shape, generator=generator).to(row) for row, generator in zip(z0, generators)])
+        x = self.sampling.noise_scaling(sigma.reshape(-1, *[1] * (z0.ndim - 1)), noise, z0)
+        error = (self.x0(x, sigma, texts, extra) - z0) / output_slope(self.sampling, sigma, z0)
+        return error.square().mean()
+
+    def draw_sigma(self, generator: torch.Generator) -> Tensor:
+        """Uniform timesteps of the discrete schedule, or logit-normal times of a flow under the model's own shift (arXiv 2403.03206)."""
+        if is_flow(self.sampling):
+            time = torch.sigmoid(torch.randn((), generator=generator)).clamp(SMALLEST_FLOW_TIME, 1)
+        else:
+            time = torch.randint(0, 1000, (), generator=generator) / 999
+        # At both ends the host answers with what no schedule reaches: 0, where noise and loss have no size, and 999999999.9.
+        sigma = torch.tensor(float(self.sampling.percent_to_sigma(1 - float(time))))
+        return sigma.clamp(float(self.sampling.sigma_min), float(self.sampling.sigma_max))

@@ -1,0 +1,143 @@
+"""What changes while a run goes on: weights, optimiser, schedule, moving average, figures; and how it becomes a checkpoint and comes back."""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, TrainingError
+from .settings import Settings
+from .trainee import Trainee
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
+# Steps in a row whose gradient is not finite, after which going on is of no use.
+MOST_LOST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Validation:
+    """PSNR in dB, averaged over the validation pictures, of what went in and of what came out after `step` steps."""
+
+    step: int
+    degraded: float
+    restored: float
+
+
+class State:
+    """The state of a run on its way.
+
+    Args:
+        trainee: whose parameters are trained; on the device they stay on.
+        settings: of the run.
+
+    Raises:
+        ValueError: when there is nothing to train.
+    """
+
+    def __init__(self, trainee: Trainee, settings: Settings) -> None:
+        from diffusers.optimization import get_scheduler
+
+        self.trainee, self.settings = trainee, settings
+        self.parameters = list(trainee.parameters())
+        if not self.parameters:
+            raise ValueError(f"the {trainee.kind.replace('_', ' ')} has no weights to train.")
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.rate, betas=settings.betas, weight_decay=settings.weight_decay)
+        name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+        self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=settings.warmup, num_training_steps=settings.steps)
+        self.average = _average(self.parameters, settings.ema)
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []
+        self.validations: list[Validation] = []
+
+    def update(self, loss: float) -> None:
+        """Take one step with the gradients that the parameters have; where they are not finite the weights stay what they are.
+
+        Args:
+            loss: of this step, for the record.
+
+        Raises:
+            TrainingError: when that has happened too often in a row.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
+        finite = math.isfinite(loss) and bool(norm.isfinite())
+        if finite:
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.step(self.parameters)
+        else:
+            logging.warning("Mend: the gradient of step %d is not finite; the weights stay as they are", self.step + 1)
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.losses.append(loss if finite else math.nan)
+        self.step += 1
+        recent = self.losses[-MOST_LOST_STEPS:]
+        if len(recent) == MOST_LOST_STEPS and all(map(math.isnan, recent)):
+            raise TrainingError(
+                f"the last {MOST_LOST_STEPS} gradients up to step {self.step} were not finite. "
+                "Use a smaller learning rate, or precision fp32 instead of bf16."
+            )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the moving average, where there is one, in the place of the weights for as long as the context is open."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
+
+    def checkpoint(self) -> Checkpoint:
+        """Return everything that is needed to go on from here."""
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"weights.{name}": tensor for name, tensor in self.trainee.state_dict().items()}
+        tensors |= {f"optimizer.{index}.{name}": tensor for index, own in optimizer["state"].items() for name, tensor in own.items()}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        facts: dict[str, Any] = {"groups": optimizer["param_groups"], "seconds": self.seconds, "validations": [astuple(v) for v in self.validations]}
+        facts["schedule"] = {name: value for name, value in self.schedule.state_dict().items() if name != "lr_lambdas"}
+        if self.average is not None:
+            own = self.average.state_dict()
+            tensors |= {f"average.{index}": tensor for index, tensor in enumerate(own.pop("shadow_params"))}
+            facts["average"] = own
+        return Checkpoint(self.step, tensors, facts)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take back what `checkpoint` returned."""
+        tensors, facts = checkpoint.tensors, checkpoint.facts
+        self.trainee.load_state_dict(_under(tensors, "weights."))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under(tensors, "optimizer.").items():
+            index, _, own = name.partition(".")
+            state.setdefault(int(index), {})[own] = tensor
+        groups = [{**group, "betas": tuple(group["betas"])} for group in facts["groups"]]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.schedule.load_state_dict({**self.schedule.state_dict(), **facts["schedule"]})
+        if self.average is not None:
+            shadow = _under(tensors, "average.")
+            self.average.load_state_dict(facts["average"])
+            self.average.shadow_params = [shadow[str(index)].to(p) for index, p in enumerate(self.parameters)]
+        self.step, self.seconds = checkpoint.step, facts["seconds"]
+        self.losses = tensors["losses"].tolist()
+        self.validations = [Validation(*values) for values in facts["validations"]]
+
+
+def _average(parameters: list[torch.nn.Parameter], decay: float) -> "EMAModel | None":
+    if decay == 0:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(parameters, decay=decay)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from .launching import module_command, run_in_environment, run_module
 from .server import running_server
 
 ENDPOINT = Path(__file__).with_name("validate_endpoint")
+MOST_WORKERS = 4  # each starts a host of its own
 
 
 class Checks:
@@ -53,7 +55,7 @@ def run_checks(host_version: str | None, pytest_arguments: Sequence[str]) -> int
         return checks.summary()
     checks.run("ruff", lint, environment)
     checks.run("comfy-test static", run_module, environment, "mend.dev.pack_checks")
-    checks.run("pytest", pytest, environment, [])
+    checks.run("pytest", pytest, environment, parallel(environment))
     checks.run("registration and workflows", on_running_host, environment, True)
     if host_version is None and not os.environ.get("COMFYUI_PATH"):
         subset(checks, ensure_environment(pins.FLOOR_HOST))
@@ -75,6 +77,13 @@ def pytest(environment: Environment, arguments: Sequence[str]) -> int:
     """The tests, run from the checkout."""
     command = module_command(environment, "pytest", ["--rootdir", str(workspace.PACK), *arguments])
     return run_in_environment(environment, command, cwd=workspace.PACK)
+
+
+def parallel(environment: Environment) -> list[str]:
+    """Arguments that spread all tests, file by file, over the processors; none where the user's own interpreter cannot."""
+    known = subprocess.run([str(environment.python), "-c", "import xdist"], capture_output=True, check=False).returncode == 0
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    return ["-n", str(workers), "--dist", "loadfile"] if known and workers > 1 else []
 
 
 def on_running_host(environment: Environment, workflows: bool) -> int:

@@ -58,7 +58,7 @@ def user_environment(host: Path, python: str | None) -> Environment:
 def warn_about_missing_tools(python: str) -> None:
     """Says what the user's own interpreter lacks; serving the host needs none of it."""
     lookup = "import importlib.util, sys; print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])"
-    modules = ["pytest", "ruff", "comfy_cli", "comfy_test", "skimage", "sklearn", "piq", "diffusers"]
+    modules = ["pytest", "ruff", "comfy_cli", "comfy_test", "skimage", "sklearn", "piq", "diffusers", "accelerate", "xdist"]
     done = subprocess.run([python, "-c", lookup, *modules], capture_output=True, text=True, check=False)
     if done.stdout.strip():
         say(

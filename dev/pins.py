@@ -34,6 +34,7 @@ FLOOR_HOST = "0.24.0"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TOOLS = (
     "pytest>=8",
+    "pytest-xdist",
     "ruff==0.17.5",
     "comfy-cli==1.23.0",
     "comfy-test==0.4.15",
@@ -41,6 +42,7 @@ TOOLS = (
     "scikit-learn",
     "piq",
     "diffusers",
+    "accelerate",
     "glfw",  # named by the 0.24.0 host only
 )
 OLDEST_PYTHON = (3, 10)

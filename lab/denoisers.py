@@ -74,14 +74,17 @@ def build_dit() -> nn.ModuleDict:
     return nn.ModuleDict({"net": net, "words": _words()})
 
 
-def unet_loss(model: nn.ModuleDict, z: Tensor, ids: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean square error on eps at uniform timesteps; returns (loss, the same for the log)."""
+def unet_loss(model: nn.ModuleDict, z: Tensor, ids: Tensor, alphas_cumprod: Tensor, even: bool) -> tuple[Tensor, Tensor]:
+    """Mean square error on eps at uniform timesteps; returns (loss, the same for the log).
+
+    The error of eps hardly tells whether x0 is right where there is much noise. With `even`, it is weighted as v-prediction weights it, by 1 / bar.
+    """
     t = torch.randint(0, 1000, (len(z),))
     bar = alphas_cumprod[t].to(z).view(-1, 1, 1, 1)
     eps = torch.randn_like(z)
     context, _ = model["words"](ids)
     out = model["net"](bar.sqrt() * z + (1 - bar).sqrt() * eps, t.to(z.device).float(), context=context, transformer_options={})
-    error = (out.float() - eps).square().mean()
+    error = ((out.float() - eps).square() / (bar if even else 1)).mean()
     return error, error.detach()
 
 

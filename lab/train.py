@@ -25,9 +25,11 @@ from .vocabulary import PAD, WORDS, describe
 
 # Denoisers learn on crops of the latents first, which cost a quarter, then on whole ones: (share of the steps before which this holds, side, batch).
 DENOISER_STAGES = ((0.7, 16, 16), (1.0, 32, 8))
+# Share of the UNet's steps after which high noise levels count as much as low ones.
+EVEN_FROM = 0.6
 WEIGHTS = Path(__file__).parent / "weights"
 # Parts in the order in which all of them are trained, and how many steps each takes.
-STEPS = {"vae": 3450, "decoder": 1000, "unet": 2200, "dit": 2500}
+STEPS = {"vae": 3450, "decoder": 1000, "unet": 3700, "dit": 2500}
 SAVE_EVERY = 60.0
 PREVIEW_PICTURES = 64
 # The host's SD3 latent format, which both denoisers use: process_in(z) = (z - shift) * scale.
@@ -151,7 +153,7 @@ def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, cou
         z = torch.from_numpy(latents[np.sort(rows), :, top:top + side, left:left + side]).to(device, memory_format=torch.channels_last).float()
         ids = dropped_ids(captions[np.sort(rows)], rng).to(device)
         with half_precision(device):
-            return unet_loss(model, z, ids, alphas_cumprod) if kind == "unet" else dit_loss(model, z, ids)
+            return unet_loss(model, z, ids, alphas_cumprod, step >= EVEN_FROM * steps) if kind == "unet" else dit_loss(model, z, ids)
 
     def evaluate(average: Average, done: int) -> None:
         tensors = {**model.state_dict(), **average.shadow}

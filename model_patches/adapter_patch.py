@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy, Site, anatomy_of
 from .blocks import visit_blocks
+from .conditioned_patch import ConditionedPatch
 from .diffusion_adapter import DiffusionAdapter, lora_tensors
-from .host import WrappersMP, inference_module, trained_operations
+from .host import inference_module, trained_operations
 from .lq_condition import LatentCondition
 from .restoration_adapter import KERNELS, RestorationAdapter, adapter_sites, initialise
 from .robust_encoder import ENCODER
@@ -52,7 +53,21 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
         ValueError: naming the node, the weights and both kinds, both families, or the first tensor that does not fit. Equal shapes are not
             enough: SD1.5 and SD2 have them.
     """
-    weights.expect(KIND, node)
+    anatomy = check_family(weights, KIND, model, node)
+    if weights.config.get("size") not in (*KERNELS, "none") or not isinstance(weights.config.get("rank"), int):
+        raise ValueError(f"{node}: {weights.name} describes itself as {weights.config}, and a size ({', '.join(KERNELS)} or none) and a "
+                         "rank were expected. Update the pack, or save the file again.")
+    check_shapes(weights, expected_tensors(anatomy, weights.config, model), anatomy, node)
+    return anatomy
+
+
+def check_family(weights: Weights, kind: str, model: "BaseModel", node: str) -> Anatomy:
+    """Check kind and family of weights, and return the model's anatomy.
+
+    Raises:
+        ValueError: naming the node, the weights and both kinds or both families.
+    """
+    weights.expect(kind, node)
     try:
         anatomy = anatomy_of(model)
     except ValueError as error:
@@ -60,17 +75,22 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
     if weights.family != anatomy.family:
         raise ValueError(f"{node}: {weights.name} was made for {weights.family}, and 'model' is {anatomy.family}. "
                          "Load the model it was trained on, or train one for this.")
-    if weights.config.get("size") not in (*KERNELS, "none") or not isinstance(weights.config.get("rank"), int):
-        raise ValueError(f"{node}: {weights.name} describes itself as {weights.config}, and a size ({', '.join(KERNELS)} or none) and a rank were "
-                         "expected. Update the pack, or save the file again.")
-    wanted = {name: tensor.shape for name, tensor in expected_tensors(anatomy, weights.config, model).items()}
+    return anatomy
+
+
+def check_shapes(weights: Weights, expected: dict[str, Tensor], anatomy: Anatomy, node: str) -> None:
+    """Check names and shapes of all tensors but those of an encoder, which have to fit a VAE and not the model.
+
+    Raises:
+        ValueError: naming the node, the weights and the first tensor that does not fit.
+    """
+    wanted = {name: tensor.shape for name, tensor in expected.items()}
     found = {name: tensor.shape for name, tensor in weights.tensors.items() if not name.startswith(ENCODER)}
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if wrong:
         shapes = f"{wrong[0]} is {_shape(found.get(wrong[0]))}, expected {_shape(wanted.get(wrong[0]))}"
         raise ValueError(f"{node}: {weights.name} does not fit 'model' ({anatomy.family}): {shapes}. "
                          "The file is incomplete or was made for another model of that family.")
-    return anatomy
 
 
 def expected_tensors(anatomy: Anatomy, config: dict[str, Any], model: "BaseModel") -> dict[str, Tensor]:
@@ -85,7 +105,7 @@ def expected_tensors(anatomy: Anatomy, config: dict[str, Any], model: "BaseModel
     return tensors
 
 
-class AdapterPatch:
+class AdapterPatch(ConditionedPatch):
     """One use of an adapter on a model.
 
     Args:
@@ -96,32 +116,19 @@ class AdapterPatch:
         start_percent, end_percent: the part of sampling in which they act.
     """
 
-    def __init__(self, network: RestorationAdapter, anatomy: Anatomy, condition: LatentCondition, strength: float = 1.0, start_percent: float = 0.0,
-                 end_percent: float = 1.0) -> None:
-        self.network, self.anatomy, self.condition, self.strength = network, anatomy, condition, strength
-        self.start_percent, self.end_percent = start_percent, end_percent
+    def __init__(self, network: RestorationAdapter, anatomy: Anatomy, condition: LatentCondition, strength: float = 1.0,
+                 start_percent: float = 0.0, end_percent: float = 1.0) -> None:
+        super().__init__(condition, strength, start_percent, end_percent)
+        self.network, self.anatomy = network, anatomy
 
     def attach(self, patcher: "ModelPatcher") -> None:
         """Hang it on a clone that is the caller's own."""
-        key = self.condition.key
-        patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, key, self.condition.sampler_sample)
-        patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, self._apply_model)
-        visit_blocks(patcher, self.anatomy, adapter_sites(self.anatomy), key, self._visit)
+        self.listen(patcher)
+        visit_blocks(patcher, self.anatomy, adapter_sites(self.anatomy), self.condition.key, self._visit)
 
-    def _apply_model(self, executor: Any, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: Any, control: Any, transformer_options: dict,
-                     **kwargs: Any) -> Tensor:
-        """Open an evaluation: what the adapters hand from one to the next lives in its transformer_options."""
-        held = self.condition.take(kwargs, x)
-        if held is not None and self._acts(executor.class_obj.model_sampling, t):
-            transformer_options = {**transformer_options, self.condition.key: _Evaluation(*held)}
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-
-    def _acts(self, model_sampling: Any, sigma: Tensor) -> bool:
-        """Compare as the host does for conditioning, under whatever schedule the model has by now."""
-        if (self.start_percent, self.end_percent) == (0.0, 1.0):
-            return True
-        first, last = (float(model_sampling.percent_to_sigma(percent)) for percent in (self.start_percent, self.end_percent))
-        return last <= float(sigma.max()) <= first
+    def opened(self, c_lq: Tensor, mask: Tensor, model_sampling: Any, sigma: Tensor) -> "_Evaluation":
+        """What the adapters hand from one to the next starts empty."""
+        return _Evaluation(c_lq, mask)
 
     def _visit(self, site: Site, x_t: Tensor, emb: Tensor, options: dict) -> Tensor:
         evaluation = options[self.condition.key]

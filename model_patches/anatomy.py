@@ -1,4 +1,4 @@
-"""How the host's denoisers are built: their family, and the places after their blocks to hang something on. Part of what host.py stands for."""
+"""How the host's denoisers are built: their family, and the places after their blocks to hook into. Part of what host.py stands for."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -97,6 +97,25 @@ def _unet(unet: nn.Module, latent_channels: int) -> Anatomy:
     return Anatomy(_unet_family(unet, latent_channels), "unet", latent_channels, 4 * unet.model_channels, tuple(sites))
 
 
+def every_block(model: "BaseModel") -> tuple[Site, ...]:
+    """Return the places after all blocks of a denoiser, not those between a UNet's levels only; as ever, its last block has none."""
+    anatomy, unet = anatomy_of(model), model.diffusion_model
+    if anatomy.kind != "unet":
+        return anatomy.sites
+    sites, scale, channels = [], 1, unet.model_channels
+    for index, block in enumerate(unet.input_blocks):
+        channels, step = _through(block, channels)
+        scale *= step
+        sites.append(Site(f"input{index}", "input", index, channels, scale))
+    channels, _ = _through(unet.middle_block, channels)
+    sites.append(Site("middle", "output", 0, channels, scale))
+    for index, block in enumerate(unet.output_blocks[:-1]):
+        channels, up = _through(block, channels, upward=True)
+        scale //= up
+        sites.append(Site(f"output{index}", "output", index + 1, channels, scale))
+    return tuple(sites)
+
+
 def _through(block: nn.Sequential, channels: int, upward: bool = False) -> tuple[int, int]:
     """Return the channels and the change of scale after a UNet block."""
     factor = 1
@@ -144,8 +163,8 @@ def self_attention(model: "BaseModel") -> dict[str, tuple[int, ...]]:
     """Find what a LoRA on self-attention acts on.
 
     Returns:
-        For every linear layer, by its path below diffusion_model: the lengths of the parts of its output that get factors of their own, in their
-        order from the first row on; rows after them (FLUX's single blocks hold their MLP there) get none.
+        For every linear layer, by its path below diffusion_model: the lengths of the parts of its output that get factors of their own, in
+        their order from the first row on; rows after them (FLUX's single blocks hold their MLP there) get none.
     """
     anatomy = anatomy_of(model)
     found: dict[str, tuple[int, ...]] = {}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Visit = Callable[[Site, Tensor, Tensor, dict], Tensor]
 
 
-def visit_blocks(patcher: "ModelPatcher", anatomy: Anatomy, sites: list[Site], key: str, visit: Visit) -> None:
+def visit_blocks(patcher: "ModelPatcher", anatomy: Anatomy, sites: list[Site], key: str, visit: Visit, skips: bool = False) -> None:
     """Have `visit` change what leaves the blocks before `sites`, on a patcher that is the caller's own clone.
 
     Args:
@@ -25,15 +25,16 @@ def visit_blocks(patcher: "ModelPatcher", anatomy: Anatomy, sites: list[Site], k
         sites: some of the anatomy's.
         key: transformer_options that lack it pass untouched, so that whoever opens a model evaluation decides whether anything happens.
         visit: called with features that it must not change in place.
+        skips: what `visit` returns after a UNet's input blocks goes over its skip connections too.
     """
     if anatomy.kind == "unet":
-        _visit_unet(patcher, sites, key, visit)
+        _visit_unet(patcher, sites, key, visit, skips)
         return
     for site in sites:
         _visit_transformer(patcher, site, key, visit, anatomy.kind)
 
 
-def _visit_unet(patcher: "ModelPatcher", sites: list[Site], key: str, visit: Visit) -> None:
+def _visit_unet(patcher: "ModelPatcher", sites: list[Site], key: str, visit: Visit, skips: bool) -> None:
     after, before = ({site.index: site for site in sites if site.kind == kind} for kind in ("input", "output"))
     emb_key = f"{key}_emb"
 
@@ -51,7 +52,7 @@ def _visit_unet(patcher: "ModelPatcher", sites: list[Site], key: str, visit: Vis
         return (h if site is None or key not in options else visit(site, h, options[emb_key], options)), skip
 
     patcher.set_model_patch(keep_emb, "emb_patch")
-    patcher.set_model_patch(leave_input, "input_block_patch_after_skip")
+    patcher.set_model_patch(leave_input, "input_block_patch" if skips else "input_block_patch_after_skip")
     patcher.set_model_patch(enter_output, "output_block_patch")
 
 
@@ -77,7 +78,37 @@ def _visit_transformer(patcher: "ModelPatcher", site: Site, key: str, visit: Vis
 def _embedding(vec: Tensor, kind: str) -> Tensor:
     """Return (B, width).
 
-    WAN hands its blocks six modulation vectors, each a linear map of the embedding: the first stands for it. Where every frame has a time of its own,
-    the last frame's counts, since a given first frame is told to be clean.
+    WAN hands its blocks six modulation vectors, each a linear map of the embedding: the first stands for it. Where every frame has a time
+    of its own, the last frame's counts, since a given first frame is told to be clean.
     """
     return vec[:, -1, 0] if kind == "wan" else vec
+
+
+def visit_entry(patcher: "ModelPatcher", anatomy: Anatomy, key: str, visit: Callable[[Tensor, dict], Tensor]) -> None:
+    """Have `visit` change what enters the first block, on a patcher that is the caller's own clone.
+
+    That is what leaves the first convolution of a UNet (B, C, h, w), for the main path and the skip alike, or the patch embedding of a
+    transformer: its picture tokens (B, N, C), positions included where the model adds them there.
+
+    Args:
+        patcher: changed.
+        anatomy: of its model.
+        key: transformer_options that lack it pass untouched.
+        visit: called with a feature that it must not change in place, and transformer_options.
+    """
+    if anatomy.kind == "unet":
+        def enter_input(h: Tensor, options: dict) -> Tensor:
+            return visit(h, options) if key in options and options["block"][1] == 0 else h
+
+        patcher.set_model_patch(enter_input, "input_block_patch")
+        return
+    number = ("double_block", 0)
+    earlier = patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {}).get(number)
+
+    def block(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        options = args["transformer_options"]
+        if key in options:
+            args = {**args, "img": visit(args["img"], options)}
+        return extra["original_block"](args) if earlier is None else earlier(args, extra)
+
+    patcher.set_model_patch_replace(block, "dit", *number)

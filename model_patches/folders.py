@@ -9,6 +9,8 @@ CAPTIONERS = "captioner"
 # Other packs keep their vision-language models under these keys, each model in a folder of its own.
 SHARED_CAPTIONER_KEYS = ("LLM", "llm")
 SAFE = ".safetensors"
+# Learned prompts as their authors publish them; any other .pt file is refused when it is loaded.
+PUBLISHED = ".pt"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Weights that come with the pack, trained on the lab prior.
 TRAINED = Path(__file__).parents[1] / "lab" / "trained"
@@ -20,7 +22,7 @@ def register() -> None:
     folder_paths.add_model_folder_path(MEND, str(TRAINED))
     paths, _ = folder_paths.folder_names_and_paths[MEND]
     # A key made by add_model_folder_path or by the yaml file has no extensions, which lists every file there is.
-    folder_paths.folder_names_and_paths[MEND] = (paths, {SAFE})
+    folder_paths.folder_names_and_paths[MEND] = (paths, {SAFE, PUBLISHED})
 
 
 def weights_files() -> list[str]:

@@ -1,6 +1,8 @@
 """What the pack knows of the host's private shapes: gradients under inference mode, VAEs, latent spaces, wrappers. Nothing else may."""
 
+import copy
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +65,8 @@ def gradients() -> Iterator[None]:
 def plain_weights(module: nn.Module) -> None:
     """Turn inference tensors among a frozen module's weights into normal ones of the same values, in place.
 
-    Weights loaded under inference mode cannot take part in a backward pass. This is the one lasting change the pack makes to a shared model.
+    Weights loaded under inference mode cannot take part in a backward pass. This is the one lasting change the pack makes to a shared
+    model.
     """
     with torch.inference_mode(False):
         for part in module.modules():
@@ -153,7 +156,7 @@ class LatentEncoder:
 
 
 def _per_channel(process: Callable[[Tensor], Tensor], latent_format: Any) -> Callable[[Tensor], Tensor]:
-    """Express a latent format's scaling by its gain and offset, since some formats keep tensors that cannot take part in a backward pass."""
+    """Express a latent format's scaling by its gain and offset: some formats keep tensors that cannot take part in a backward pass."""
     probe = torch.zeros([1, latent_format.latent_channels] + [1] * latent_format.latent_dimensions)
     with torch.inference_mode(False):
         offset = process(probe).float().clone()
@@ -351,6 +354,12 @@ def loaded_for_training(patcher: "ModelPatcher") -> None:
     patcher.model.requires_grad_(False)
 
 
+def keep_loaded_for_training(patcher: "ModelPatcher") -> None:
+    """Bring a model back that the host has moved away, as it does where a VAE needs the room."""
+    if patcher.current_loaded_device() != patcher.load_device:
+        loaded_for_training(patcher)
+
+
 def for_training(patcher: "ModelPatcher") -> "ModelPatcher":
     """Return a clone whose weights stay where they are while something is trained through them."""
     return patcher.clone(disable_dynamic=True) if patcher.is_dynamic() else patcher.clone()
@@ -396,10 +405,10 @@ def encode_pictures(vae: "VAE", model: "BaseModel", pictures: Tensor) -> Tensor:
 
 
 def output_slope(model_sampling: Any, sigma: Tensor, like: Tensor) -> Tensor:
-    """How far x0 moves when a model's output moves by 1, (B, 1, ...): whatever the model predicts, errors of x0 divided by it are errors of its output."""
+    """How far x0 moves when a model's output moves by 1, (B, 1, ...): errors of x0 divided by it are errors of that output."""
     zero = torch.zeros_like(like[:, :1])
-    return (model_sampling.calculate_denoised(sigma, zero + 1, zero) - model_sampling.calculate_denoised(sigma, zero, zero)).flatten(1)[:, :1].reshape(
-        -1, *[1] * (like.ndim - 1))
+    moved = model_sampling.calculate_denoised(sigma, zero + 1, zero) - model_sampling.calculate_denoised(sigma, zero, zero)
+    return moved.flatten(1)[:, :1].reshape(-1, *[1] * (like.ndim - 1))
 
 
 def sample_restoration(patcher: "ModelPatcher", conditioning: list, noise: Tensor, steps: int) -> Tensor:
@@ -413,8 +422,8 @@ def sample_restoration(patcher: "ModelPatcher", conditioning: list, noise: Tenso
 #   copied: they walk on from another tensor, of which the model was given a scaled copy or a guess;
 #   apart: they walk a schedule of their own.
 _STATE_USE = {
-    **dict.fromkeys(("heun", "heunpp2", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp",
-                     "sa_solver_pece"), "ahead"),
+    **dict.fromkeys(("heun", "heunpp2", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpm_2_ancestral", "dpmpp_2s_ancestral",
+                     "dpmpp_2s_ancestral_cfg_pp", "sa_solver_pece"), "ahead"),
     **dict.fromkeys(("sa_solver", "unipc", "unipc_bh2"), "copied"),
     **dict.fromkeys(("dpm_fast", "dpm_adaptive"), "apart"),
 }  # fmt: skip
@@ -439,8 +448,8 @@ INTERRUPTED = comfy.model_management.InterruptProcessingException
 def checkpointed_blocks(patcher: "ModelPatcher") -> "ModelPatcher":
     """Return a clone whose blocks keep no activations for the backward pass but compute them again.
 
-    For UNets, and transformers whose blocks can be replaced (SD3, FLUX, WAN). Patches that others have put around a block stay outside of it.
-    FLUX needs unshared_norm_inputs as ever, until the backward pass is over.
+    For UNets, and transformers whose blocks can be replaced (SD3, FLUX, WAN). Patches that others have put around a block stay outside of
+    it. FLUX needs unshared_norm_inputs as ever, until the backward pass is over.
 
     Raises:
         ValueError: for other models.
@@ -564,10 +573,157 @@ def _is_video_vae(vae: "VAE") -> bool:
 
 
 class trained_operations(comfy.ops.manual_cast):  # noqa: N801 - named as the host names its own
-    """The same for networks that are yet to be trained: where the host loads weights on demand, its layers have none before a file is loaded."""
+    """The same for networks that are yet to be trained: where the host loads on demand, its layers have none before a file is loaded."""
 
     class Linear(comfy.ops.manual_cast.Linear):
         """The host gives weights at once to layers that load in a way of their own."""
 
         def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
             super()._load_from_state_dict(*args, **kwargs)
+
+
+def unit_noise(model_sampling: Any, noise: Tensor) -> Tensor:
+    """Return noise as states contain it at a factor of sigma: some flow models scale it."""
+    return model_sampling.noise_scaling(torch.ones((), device=noise.device), noise, torch.zeros_like(noise), False)
+
+
+def held_mask(model: Any, mask: Tensor, sigma: Tensor, model_options: dict[str, Any]) -> Tensor:
+    """Return what of a noise mask counts at a sigma, 1 where the sampler decides; `model` is what sampler functions call."""
+    function = model_options.get("denoise_mask_function")
+    return mask if function is None else function(sigma, mask, extra_options={"model": model.inner_model, "sigmas": model.sigmas})
+
+
+def context_windows(model_options: dict[str, Any], model: "BaseModel", x: Tensor, window: int, overlap: int) -> dict[str, Any]:
+    """Return options under which videos are evaluated in overlapping windows that are blended; by the host's own where it has some.
+
+    Args:
+        model_options: of the evaluations; not changed.
+        model: tells how many frames a latent frame stands for.
+        x: (B, C, T, h, w) what is evaluated; anything else is left whole.
+        window, overlap: in frames of the video; window 0 for all at once.
+
+    Raises:
+        ValueError: for several videos at once, which the host's windows do not know.
+    """
+    if not window or x.ndim != 5 or model_options.get("context_handler") is not None:
+        return model_options
+    from comfy import context_windows as windows
+
+    ratio = model.latent_format.temporal_downscale_ratio
+    length = max(1, (window - 1) // ratio + 1)
+    if x.shape[2] <= length:
+        return model_options
+    if len(x) > 1:
+        raise ValueError(f"windows are for one video, and the batch holds {len(x)}. Sample them one after another.")
+    schedule = windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD)
+    fuse = windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID)
+    handler = windows.IndexListContextHandler(schedule, fuse, length, min(length - 1, overlap // ratio), dim=2)
+    return {**model_options, "context_handler": handler}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """Attend with whatever implementation the user has chosen; q, k, v are (B, heads, N, d), the result is (B, N, heads * d)."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    return optimized_attention(q, k, v, q.shape[1], skip_reshape=True, transformer_options=options)
+
+
+def model_times(model_sampling: Any, sigma: Tensor) -> Tensor:
+    """Return model_time of every sigma of a batch (B,), float32."""
+    last = float(model_sampling.timestep(torch.as_tensor(model_sampling.sigma_max)))
+    return model_sampling.timestep(sigma).float() / last
+
+
+def run_module(patcher: "ModelPatcher", *inputs: Tensor) -> Tensor:
+    """Load a network and run it where it was loaded, with inputs from anywhere."""
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher.model(*(x.to(patcher.load_device) for x in inputs))
+
+
+def torch_device() -> torch.device:
+    """Return where the host computes."""
+    return comfy.model_management.get_torch_device()
+
+
+def cast_like(parameter: Tensor, x: Tensor) -> Tensor:
+    """Return a parameter that is no layer's as x (device, precision)."""
+    return comfy.ops.cast_to_input(parameter, x)
+
+
+def float_copy(module: nn.Module) -> nn.Module:
+    """Return a frozen float32 copy with normal weights, on the CPU, that gradients flow through."""
+    with torch.inference_mode(False), torch.no_grad():
+        copied = copy.deepcopy(module).cpu().float()
+        plain_weights(copied)
+    return copied.requires_grad_(False)
+
+
+def decode_with(vae: "VAE", network: "ModelPatcher", samples: Tensor, decode: Callable[[Tensor], Tensor], channels: int, factor: float,
+                tiling: tuple[int, int], tiled: bool) -> tuple[Tensor, Tensor]:
+    """Run a decoder of our own as the host runs the VAE's: in its memory, as many at once as fit, in tiles if asked for or memory runs out.
+
+    Args:
+        vae: what `decode` uses; loaded.
+        network: what it uses besides; loaded.
+        samples: (B, C, h, w); latents, with what else belongs to each cell behind them.
+        decode: samples on the VAE's device and in its precision -> (B, channels, H, W), the picture first, as the VAE's own decoder gives
+            it.
+        channels: that it returns.
+        factor: how many times the memory of a plain decode it needs.
+        tiling: (tile, overlap) in cells.
+        tiled: use tiles in any case.
+
+    Returns:
+        pictures (B, 3, H, W) in 0..1 and the other channels.
+    """
+    management, dtype = comfy.model_management, vae.vae_output_dtype()
+    memory = factor * vae.memory_used_decode(samples.shape, vae.vae_dtype)
+    with management.cuda_device_context(vae.device):
+        out = None
+        if not tiled:
+            try:
+                management.load_models_gpu([vae.patcher, network], memory_required=memory, force_full_load=vae.disable_offload)
+                together = max(1, int(vae.patcher.get_free_memory(vae.device) / memory))
+                parts = [
+                    decode(part.to(vae.device, vae.vae_dtype)).to(vae.output_device, dtype, copy=True) for part in samples.split(together)
+                ]
+                out = torch.cat(parts)
+            except OUT_OF_MEMORY as error:
+                reraise_unless_out_of_memory(error)
+                logging.warning("Mend: out of memory when decoding the whole picture, going on in tiles.")
+        if out is None:  # outside of the handler, which holds on to what was allocated
+            management.soft_empty_cache()
+            management.load_models_gpu([vae.patcher, network], memory_required=memory, force_full_load=vae.disable_offload)
+            out = _decode_tiles(vae, samples, lambda part: decode(part.to(vae.device, vae.vae_dtype)).to(dtype=dtype), channels, tiling)
+        return vae.process_output(out[:, :3]), out[:, 3:]
+
+
+def _decode_tiles(vae: "VAE", samples: Tensor, decode: Callable[[Tensor], Tensor], channels: int, tiling: tuple[int, int]) -> Tensor:
+    """The mean of three tilings, as the host's own tiled decode takes it, sum for sum."""
+    tile, overlap = tiling
+    shapes = ((tile // 2, tile * 2), (tile * 2, tile // 2), (tile, tile))
+    steps = [comfy.utils.get_tiled_scale_steps(samples.shape[3], samples.shape[2], x, y, overlap) for x, y in shapes]
+    bar = comfy.utils.ProgressBar(len(samples) * sum(steps))
+    first, second, third = (comfy.utils.tiled_scale(samples, decode, x, y, overlap, upscale_amount=vae.upscale_ratio, out_channels=channels,
+                                                    output_device=vae.output_device, pbar=bar) for x, y in shapes)
+    return (first + second + third) / 3.0
+
+
+def sample_schedule(patcher: "ModelPatcher", conditioning: list, noise: Tensor, sampler: comfy.samplers.Sampler, sigmas: Tensor,
+                    latent: Tensor) -> Tensor:
+    """Sample (B, ...) raw latents from a raw latent and noise, with no negative prompt; returns raw latents for the VAE."""
+    return comfy.sample.sample_custom(patcher, noise, 1.0, sampler, sigmas, conditioning, conditioning, latent, disable_pbar=True)
+
+
+def with_text_length(clip: comfy.sd.CLIP, tokens: int) -> comfy.sd.CLIP:
+    """Return a text encoder whose T5 gives at least so many tokens, as T5 Tokenizer Options sets it."""
+    clip = clip.clone()
+    clip.set_tokenizer_option("t5xxl_min_length", tokens)
+    return clip
+
+
+def sample_with(patcher: "ModelPatcher", conditioning: list, noise: Tensor, sampler: comfy.samplers.Sampler, steps: int) -> Tensor:
+    """Sample from pure noise with a sampler of any kind and no negative prompt; returns raw latents for the VAE."""
+    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", steps)
+    latent = torch.zeros_like(noise)
+    return comfy.sample.sample_custom(patcher, noise, 1.0, sampler, sigmas, conditioning, conditioning, latent, disable_pbar=True, seed=0)

@@ -1,5 +1,6 @@
-"""The degraded picture's latent as part of the host's conditioning, so that it is batched, cropped to areas and cut to context windows with it."""
+"""The degraded picture's latent as part of the host's conditioning: batched, cropped to areas and cut to context windows with it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ class LatentCondition:
         mask: (M, H, W) in 0..1, of any size; None for everywhere.
         node: whom messages name.
     """
+
+    WHAT = "degraded latent"
 
     def __init__(self, key: str, c_lq: Tensor, mask: Tensor | None, node: str) -> None:
         self.key, self.c_lq, self.mask, self.node = key, c_lq, mask, node
@@ -40,19 +43,27 @@ class LatentCondition:
         Raises:
             ValueError: when picture or mask do not fit the latent; the message names the input and both sizes.
         """
-        if getattr(noise, "is_nested", False) or noise.ndim != self.c_lq.ndim or noise.shape[1] != self.c_lq.shape[1]:
-            raise ValueError(f"{self.node}: the degraded latent is {_size(self.c_lq)} and the one that is sampled {_size(noise)}. "
+        if getattr(noise, "is_nested", False) or noise.ndim != self.c_lq.ndim or not self.goes_with(noise):
+            raise ValueError(f"{self.node}: the {self.WHAT} is {_size(self.c_lq)} and the one that is sampled {_size(noise)}. "
                              "Use the VAE of this model.")
         batch, sides = noise.shape[0], noise.shape[2:]
         if any(abs(side - own) > 1 for side, own in zip(sides, self.c_lq.shape[2:])):
-            raise ValueError(f"{self.node}: the degraded latent is {_size(self.c_lq)} and the one that is sampled {_size(noise)}. "
+            raise ValueError(f"{self.node}: the {self.WHAT} is {_size(self.c_lq)} and the one that is sampled {_size(noise)}. "
                              "Encode the same picture that you connect here (Frame Image pads both alike).")
-        c_lq = _rows(_resized(self.c_lq, sides), batch, "degraded", self.node)
+        c_lq = _rows(self.shown(_resized(self.c_lq, sides), noise), batch, "degraded", self.node)
         mask = torch.ones_like(c_lq[:, :1]) if self.mask is None else _rows(_latent_mask(self.mask, sides), batch, "mask", self.node)
         return torch.cat([c_lq, mask.to(c_lq)], 1).to(noise.device)
 
+    def goes_with(self, noise: Tensor) -> bool:
+        """Tell whether this is the model's own kind of latent."""
+        return noise.shape[1] == self.c_lq.shape[1]
+
+    def shown(self, c_lq: Tensor, noise: Tensor) -> Tensor:
+        """Return what the model is shown of it, once a run."""
+        return c_lq
+
     def take(self, kwargs: dict[str, Any], x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Take latent and mask out of the arguments of one model evaluation, as x (device, precision); None if this evaluation carries none.
+        """Take latent and mask out of the arguments of one evaluation, as x (device, precision); None if this evaluation carries none.
 
         Raises:
             ValueError: when another pack samples in pieces of its own, which the latent was not cut to.
@@ -61,10 +72,34 @@ class LatentCondition:
         if held is None:
             return None
         if held.shape[2:] != x.shape[2:]:
-            raise ValueError(f"{self.node}: the model is given {_size(x)} of a latent of {_size(held)}, by a tiled sampler that the degraded latent "
-                             "cannot follow. Tile the picture instead, and restore tile by tile.")
+            raise ValueError(f"{self.node}: the model is given {_size(x)} of a latent of {_size(held)}, by a tiled sampler that the "
+                             "degraded latent cannot follow. Tile the picture instead, and restore tile by tile.")
         both = held.to(x)
         return both[:, :-1], both[:, -1:]
+
+
+class FeatureCondition(LatentCondition):
+    """Features of the degraded picture instead of its latent, one for each latent cell.
+
+    Args:
+        key, c_lq, mask, node: as there; c_lq has any number of channels.
+        embed: makes what the model is shown of the features, (B, ...) -> (B, ...); runs once a run, on the device of the noise.
+    """
+
+    WHAT = "encoded degraded picture"
+
+    def __init__(self, key: str, c_lq: Tensor, mask: Tensor | None, node: str, embed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(key, c_lq, mask, node)
+        self.embed = embed
+
+    def goes_with(self, noise: Tensor) -> bool:
+        """Features have channels of their own."""
+        return True
+
+    def shown(self, c_lq: Tensor, noise: Tensor) -> Tensor:
+        """Embed them."""
+        with torch.no_grad():
+            return self.embed(c_lq.to(noise.device))
 
 
 def _size(latent: Tensor) -> str:

@@ -4,13 +4,13 @@ The paper borrows such an encoder from SUPIR. Here it is fine-tuned so that E_dr
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .host import LatentEncoder, gradients, plain_weights
+from .host import LatentEncoder, float_copy, gradients
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -20,14 +20,19 @@ ENCODER = "lq_encoder."
 PROBE = 32
 
 
-def encoder_tensors(vae: "VAE") -> dict[str, Tensor]:
-    """Return copies of the weights that encoding uses, found by going back from a latent; names as in the VAE, behind ENCODER."""
-    module = _copy(vae)
+def encoder_tensors(vae: "VAE", encode: Callable[[nn.Module, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """Return copies of the weights that encoding uses, found by going back from a latent; names as in the VAE, behind ENCODER.
+
+    Args:
+        vae: the user's.
+        encode: (first stage model, pixels) -> what is encoded; a latent without it.
+    """
+    module = float_copy(vae.first_stage_model)
     with gradients():
         module.requires_grad_(True)
         pixels = torch.zeros(1, 3, PROBE, PROBE) if vae.latent_dim == 2 else torch.zeros(1, 3, 1, PROBE, PROBE)
         names, parameters = zip(*module.named_parameters())
-        used = torch.autograd.grad(module.encode(pixels).sum(), parameters, allow_unused=True)
+        used = torch.autograd.grad((module.encode(pixels) if encode is None else encode(module, pixels)).sum(), parameters, allow_unused=True)
     return {ENCODER + name: p.detach().clone() for name, p, gradient in zip(names, parameters, used) if gradient is not None and p.ndim > 0}
 
 
@@ -60,7 +65,7 @@ class RobustEncoder:
 
     def __init__(self, vae: "VAE", model: "BaseModel", tensors: dict[str, Tensor]) -> None:
         _checked(vae, tensors)
-        self.module = _copy(vae).requires_grad_(False)
+        self.module = float_copy(vae.first_stage_model)
         self.load(tensors)
         learning = copy.copy(vae)
         learning.first_stage_model, learning.vae_dtype = self.module, torch.float32
@@ -91,11 +96,3 @@ def _checked(vae: "VAE", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(f"brings an encoder for another kind of VAE: {wrong[0]} does not fit this one. "
                          "Connect the VAE of the model it was trained on.")
     return encoder
-
-
-def _copy(vae: "VAE") -> nn.Module:
-    """A float32 copy with normal weights, on the CPU."""
-    with torch.inference_mode(False), torch.no_grad():
-        module = copy.deepcopy(vae.first_stage_model).cpu().float()
-        plain_weights(module)
-    return module

@@ -32,7 +32,8 @@ class Weights:
     config: dict[str, Any]
     tensors: dict[str, Tensor] = field(repr=False)
     name: str = "the weights"
-    _made: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    # Not handed on by dataclasses.replace: other tensors make other modules.
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, what: str, make: Callable[[], Made]) -> Made:
         """Return what `make` returned when it was first asked for `what`: modules made of these weights live as long as they do."""
@@ -101,7 +102,7 @@ def load_weights(file: Path) -> Weights:
 
 def renamed(weights: Weights, name: str) -> Weights:
     """Return the same weights under another name."""
-    return replace(weights, name=name, _made={})
+    return replace(weights, name=name)
 
 
 def _write(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:

@@ -5,7 +5,25 @@ from typing_extensions import override
 from comfy_api.latest import ComfyExtension, io
 
 from ..model_patches import folders
-from . import adapter, caption, degradation, frame, lab, lora, restoration_guidance, training, training_data, weights, zero_shot
+from . import (
+    adapter,
+    bridge,
+    caption,
+    degradation,
+    degradation_space,
+    detail_experts,
+    frame,
+    fusion,
+    lab,
+    learned_prompt,
+    lora,
+    restoration_guidance,
+    training,
+    training_data,
+    visual_instruction,
+    weights,
+    zero_shot,
+)
 
 
 class MendExtension(ComfyExtension):
@@ -21,5 +39,7 @@ class MendExtension(ComfyExtension):
         """Return all nodes."""
         return [
             *lab.NODES, *zero_shot.NODES, *frame.NODES, *caption.NODES, *degradation.NODES,
-            *restoration_guidance.NODES, *training_data.NODES, *training.NODES, *adapter.NODES, *lora.NODES, *weights.NODES,
+            *restoration_guidance.NODES, *training_data.NODES, *training.NODES, *adapter.NODES, *lora.NODES, *weights.NODES, *bridge.NODES,
+            *visual_instruction.NODES, *learned_prompt.NODES,
+            *detail_experts.NODES, *fusion.NODES, *degradation_space.NODES,
         ]  # fmt: skip

@@ -57,7 +57,8 @@ def _basic_inputs() -> list[io.Input]:
         ),
         io.String.Input(
             "run_name", default="restoration",
-            tooltip="Folder in output/mend_training for checkpoints and validation pictures. Other settings under the same name get a new folder.",
+            tooltip="Folder in output/mend_training for checkpoints and validation pictures. Other settings under the same name get a new "
+            "folder.",
         ),
         io.Int.Input(
             "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=io.ControlAfterGenerate.fixed,
@@ -87,7 +88,8 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "ema", default=0.0, min=0.0, max=0.99999, step=0.001, round=False, advanced=True,
-            tooltip="Average the weights over about 1 / (1 - ema) steps, and hand out the average: 0.999 smooths long runs. 0 switches it off.",
+            tooltip="Average the weights over about 1 / (1 - ema) steps, and hand out the average: 0.999 smooths long runs. 0 switches it "
+            "off.",
         ),
         io.Combo.Input(
             "precision", options=list(PRECISIONS), default="fp32", advanced=True,
@@ -99,10 +101,12 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "validate_every", default=100, min=1, max=1_000_000, advanced=True,
-            tooltip="Steps between validations, which restore the pictures that were held out. There is always one before and one after training.",
+            tooltip="Steps between validations, which restore the pictures that were held out. There is always one before and one after "
+            "training.",
         ),
         io.Int.Input(
-            "keep", default=2, min=2, max=1000, advanced=True, tooltip="How many checkpoints stay in the run folder; older ones are deleted."
+            "keep", default=2, min=2, max=1000, advanced=True, tooltip="How many checkpoints stay in the run folder; older ones are "
+            "deleted."
         ),
     ]  # fmt: skip
 
@@ -125,12 +129,14 @@ class Train(io.ComfyNode):
             node_id="MendTrain",
             display_name=TRAIN,
             category="restoration/training",
-            description="Trains weights of Mend on your own pictures and your own model. It can be cancelled at any time, and the computer can "
-            "crash: queue the same workflow again and it goes on where it stood.",
+            description="Trains weights of Mend on your own pictures and your own model. It can be cancelled at any time, and the computer "
+            "can crash: queue the same workflow again and it goes on where it stood.",
             search_aliases=["training", "train adapter", "train lora", "fine-tune", "finetune", "learn", "resume training"],
             inputs=[*_basic_inputs(), *_advanced_inputs(), *_models()],
             outputs=[
-                WeightsSocket.Output(display_name="weights", tooltip="The trained weights, for Save Mend Weights or the Apply node of their kind."),
+                WeightsSocket.Output(
+                    display_name="weights", tooltip="The trained weights, for Save Mend Weights or the Apply node of their kind."
+                ),
                 io.LossMap.Output(display_name="loss_map", tooltip="The loss of every step, for Plot Loss Graph."),
                 io.Image.Output(
                     display_name="validation", tooltip="Pictures of the last validation: degraded, restored and good side by side."
@@ -151,8 +157,8 @@ class Train(io.ComfyNode):
         with _naming_the_node():
             settings = Settings(
                 steps=steps, batch=batch_size, accumulate=accumulate, rate=learning_rate, schedule=schedule, warmup=warmup,
-                weight_decay=weight_decay, clip=clip_gradient, ema=ema, precision=precision, checkpointing=gradient_checkpointing, seed=seed,
-                validate_every=validate_every, keep=keep,
+                weight_decay=weight_decay, clip=clip_gradient, ema=ema, precision=precision, checkpointing=gradient_checkpointing,
+                seed=seed, validate_every=validate_every, keep=keep,
             )  # fmt: skip
             trainee = kinds.trainee_of(weights, models)
             base = Path(folder_paths.get_output_directory()) / RUNS

@@ -8,7 +8,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..model_patches import folders
-from ..model_patches.weights_file import Weights, load_weights, save_weights
+from ..model_patches.published_prompt import load_file
+from ..model_patches.weights_file import Weights, save_weights
 
 LOAD, SAVE = "Load Mend Weights", "Save Mend Weights"
 WeightsSocket = io.Custom("MEND_WEIGHTS")
@@ -25,8 +26,8 @@ class LoadWeights(io.ComfyNode):
             node_id="MendLoadWeights",
             display_name=LOAD,
             category="restoration/weights",
-            description="Load what was trained with Mend: restoration adapters and other kinds of weights, one small file each. Files lie in "
-            "models/mend; those that come with the pack are listed under lab.",
+            description="Load what was trained with Mend: restoration adapters and other kinds of weights, one small file each; or a "
+            "learned prompt as its authors publish it. Files lie in models/mend; those that come with the pack are listed under lab.",
             search_aliases=["load adapter", "restoration adapter", "load mend", "mend weights", "learned prompt"],
             inputs=[
                 io.Combo.Input("file", options=folders.weights_files(), tooltip="A file in models/mend, or one of the lab's.")
@@ -44,7 +45,7 @@ class LoadWeights(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         """Return the weights."""
         try:
-            return io.NodeOutput(load_weights(Path(folder_paths.get_full_path(folders.MEND, file) or file)))
+            return io.NodeOutput(load_file(Path(folder_paths.get_full_path(folders.MEND, file) or file)))
         except ValueError as error:
             raise ValueError(f"{LOAD}: {error}") from error
 
@@ -59,12 +60,14 @@ class SaveWeights(io.ComfyNode):
             node_id="MendSaveWeights",
             display_name=SAVE,
             category="restoration/weights",
-            description="Save trained weights as one file in models/mend, to load them again and to share them. Nothing is ever overwritten: "
-            "each run writes a file with the next number.",
+            description="Save trained weights as one file in models/mend, to load them again and to share them. Nothing is ever "
+            "overwritten: each run writes a file with the next number.",
             search_aliases=["save adapter", "export adapter", "save mend", "mend weights"],
             inputs=[
                 WeightsSocket.Input("weights", tooltip="What to save, from Train."),
-                io.String.Input("filename_prefix", default="restoration", tooltip="Start of the file's name; may name folders, as in faces/old."),
+                io.String.Input(
+                    "filename_prefix", default="restoration", tooltip="Start of the file's name; may name folders, as in faces/old."
+                ),
                 io.Combo.Input(
                     "precision", options=list(PRECISIONS), default="half (fp16)",
                     tooltip="half: half the size, the same picture. full: to go on training later.",
@@ -79,7 +82,9 @@ class SaveWeights(io.ComfyNode):
         """Write the next file and show its name."""
         folder = Path(folder_paths.get_folder_paths(folders.MEND)[0]) / weights.kind
         dtype = PRECISIONS[precision]
-        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() and tensor.ndim else tensor for name, tensor in weights.tensors.items()}
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() and tensor.ndim else tensor for name, tensor in weights.tensors.items()
+        }
         stored = Weights(weights.kind, weights.family, weights.config, tensors)
         while True:
             file = _next_file(folder, filename_prefix)

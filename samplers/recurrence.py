@@ -22,27 +22,27 @@ class RecurrentSampler(comfy.samplers.Sampler):
         inner: any host sampler.
         rounds: extra passes; 0 is the inner sampler alone.
         gamma: model time (fraction of the schedule) that each extra pass starts from.
-        vae: when given, every round decodes and re-encodes its start, as the paper words it; otherwise the latent itself is re-noised, as the
-            reference code does.
+        vae: when given, every round decodes and re-encodes its start, as the paper words it; otherwise the latent itself is re-noised, as
+            the reference code does.
     """
 
     def __init__(self, inner: comfy.samplers.Sampler, rounds: int, gamma: float, vae: "VAE | None" = None) -> None:
         self.inner, self.rounds, self.gamma, self.vae = inner, rounds, gamma, vae
 
-    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor, latent_image: Tensor | None = None,
-               denoise_mask: Tensor | None = None, disable_pbar: bool = False) -> Tensor:
+    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor,
+               latent_image: Tensor | None = None, denoise_mask: Tensor | None = None, disable_pbar: bool = False) -> Tensor:
         """Sample as the host's Sampler.sample does; the callback counts steps across all rounds."""
         base = model_wrap.inner_model
         later = round_sigmas(sigmas, float(base.model_sampling.percent_to_sigma(1 - self.gamma)))
         total = len(sigmas) - 1 + self.rounds * (len(later) - 1)
-        x = self.inner.sample(model_wrap, sigmas, extra_args, _counting(callback, 0, total), noise, latent_image, denoise_mask, disable_pbar)
+        x = self.inner.sample(model_wrap, sigmas, extra_args, counting(callback, 0, total), noise, latent_image, denoise_mask, disable_pbar)
         for index in range(self.rounds if len(later) > 1 else 0):
             interrupt_point()
             done = len(sigmas) - 1 + index * (len(later) - 1)
             start = x if self.vae is None else self._reencode(base, x, denoise_mask)
             fresh = round_noise(noise, extra_args.get("seed") or 0, index)
-            x = self.inner.sample(model_wrap, later, _of_round(extra_args, later, index), _counting(callback, done, total), fresh, start, denoise_mask,
-                                  disable_pbar)
+            args, shown = of_round(extra_args, later, index), counting(callback, done, total)
+            x = self.inner.sample(model_wrap, later, args, shown, fresh, start, denoise_mask, disable_pbar)
         return x
 
     def _reencode(self, base: Any, x: Tensor, denoise_mask: Tensor | None) -> Tensor:
@@ -69,11 +69,13 @@ def round_sigmas(sigmas: Tensor, start: float) -> Tensor:
 
 def round_noise(noise: Tensor, seed: int, index: int) -> Tensor:
     """Noise of an extra round, one generator a picture so that batches equal single runs; zero where the run has no noise."""
-    rows = [torch.randn(row.shape, generator=torch.Generator().manual_seed(row_seed(seed + index + 1, row))).to(row) if row.any() else row for row in noise]
-    return torch.stack(rows)
+    def drawn(row: Tensor) -> Tensor:
+        return torch.randn(row.shape, generator=torch.Generator().manual_seed(row_seed(seed + index + 1, row))).to(row)
+
+    return torch.stack([drawn(row) if row.any() else row for row in noise])
 
 
-def _of_round(extra_args: dict, sigmas: Tensor, index: int) -> dict:
+def of_round(extra_args: dict, sigmas: Tensor, index: int) -> dict:
     """The round's own schedule where patches look for it, and its own seed for samplers that add noise at every step."""
     model_options = dict(extra_args["model_options"])
     model_options["transformer_options"] = {**model_options.get("transformer_options", {}), "sample_sigmas": sigmas}
@@ -81,7 +83,8 @@ def _of_round(extra_args: dict, sigmas: Tensor, index: int) -> dict:
     return {**extra_args, "model_options": model_options, "seed": None if seed is None else (seed + index + 1) % 2**64}
 
 
-def _counting(callback: Callable | None, done: int, total: int) -> Callable | None:
+def counting(callback: Callable | None, done: int, total: int) -> Callable | None:
+    """A callback for one part of a run, which counts steps on from those that are done."""
     if callback is None:
         return None
     return lambda step, x0, x, _: callback(step + done, x0, x, total)

@@ -1,15 +1,15 @@
-"""Restoration guidance (Diffusion Restoration Adapter, section 3.3): after every sampling step the state is moved towards the degraded latent.
+"""Restoration guidance (Diffusion Restoration Adapter, section 3.3): after every step the state is moved towards the degraded latent.
 
     z_t = z'_t + w g(t, T; a) (c_lq - z'_t)                        (1)
     g(t, T; a) = (t / T - a) / (1 - a) where t / T > a, else 0      (2)
 
-The paper writes this for T = 100 steps of a variance preserving z. Here a step of any schedule is weighted by the model time it stands for. In
-the noise-matched form c_lq carries the noise of z'_t, so that the move is that of the picture alone.
+The paper writes this for T = 100 steps of a variance preserving z. Here a step of any schedule is weighted by the model time it stands for.
+In the noise-matched form c_lq carries the noise of z'_t, so that the move is that of the picture alone.
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +52,8 @@ def ramp(time: float, onset: float) -> float:
 def step_weights(times: list[float], weight: float, onset: float) -> list[float]:
     """Share of c_lq in the state that each step reaches, 1 - (1 - w g)^(100 dtau): w g itself at 100 even steps.
 
-    A state stands for the share dtau of the model time that is nearer to it than to its neighbours, and for the paper's steps in there: g is their
-    mean. The start stands for nothing, as it does at 100 steps (0 < t < T). So the moves of any schedule add up to the same.
+    A state stands for the share dtau of the model time that is nearer to it than to its neighbours, and for the paper's steps in there: g
+    is their mean. The start stands for nothing, as it does at 100 steps (0 < t < T). So the moves of any schedule add up to the same.
 
     Args:
         times: (n + 1) model times of a schedule, falling.
@@ -170,7 +170,7 @@ class Pull:
         return (signal_level(self.model_sampling, sigma) ** 2 + sigma**2) ** 0.5
 
     def _spread(self, sigma: float) -> float:
-        """What makes a clean latent one of x as the literal form has it: x of flow models is the paper's z, that of others sqrt(1 + sigma^2) z."""
+        """What makes a clean latent one of x in the literal form: x of flow models is the paper's z, of others sqrt(1 + sigma^2) z."""
         return 1.0 if self.flow else self._total(sigma)
 
     def _toward(self, weight: float, scale: float, x: Tensor) -> Tensor:
@@ -259,8 +259,8 @@ class _Run:
         rows = _pictures(guider, noise)
         for name, given in ((self.name, self.latent), ("mask", self.mask)):
             if given is not None and len(given) not in (1, rows):
-                raise ValueError(f"Restoration Guidance: '{name}' is for {len(given)} pictures but the latent batch has {rows}; give one, or as many as "
-                                 "there are latents")
+                raise ValueError(f"Restoration Guidance: '{name}' is for {len(given)} pictures but the latent batch has {rows}; give one, "
+                                 "or as many as there are latents")
         sampler = guided_sampler(executor.class_obj, self.settings, Target(self.latent, self.mask, rows))
         return continue_with(executor, sampler, guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
@@ -275,11 +275,15 @@ def _pictures(guider: Any, noise: Tensor) -> int:
 def guided_sampler(sampler: comfy.samplers.Sampler, settings: Restoration, target: Target) -> comfy.samplers.Sampler:
     """Return a sampler that samples as the given one does, with every state moved; the given one is not touched.
 
-    A sampler that runs another one (in its attribute `inner`) runs the guided other one. One with a loop of its own has its predictions moved.
+    A sampler that runs another one (in its attribute `inner`) runs the guided other one. One with a loop of its own has its predictions
+    moved.
     """
     guided = copy.copy(sampler)
     if hasattr(sampler, "sampler_function"):
         guided.sampler_function = pulled_function(sampler.sampler_function, settings, target)
+    elif hasattr(sampler, "guided"):
+        # It samples something else than pictures, and knows only in a run where the degraded one lies there.
+        guided = sampler.guided(lambda inner, place: guided_sampler(inner, settings, replace(target, latent=place(target.latent))))
     elif isinstance(getattr(sampler, "inner", None), comfy.samplers.Sampler):
         guided.inner = guided_sampler(sampler.inner, settings, target)
     else:

@@ -14,14 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 VERSION = "1"
+LOCK = "run.lock"
 # safetensors gives the system's number in its text only; 112 is Windows' for a full disk.
 _FULL = {errno.ENOSPC, errno.EDQUOT, 112}
+# Some network drives have no locks.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NAME = re.compile(r"[^\W_][\w .-]*")
 
 
@@ -55,6 +59,36 @@ class RunFolder:
     def __init__(self, path: Path, keep: int = 2) -> None:
         self.path, self.keep = path, keep
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep others from training in this folder; the system lets go of it when this process ends, however it ends.
+
+        On a drive without locks nobody is kept out, and the log says so.
+
+        Raises:
+            TrainingError: when somebody trains here already, or the folder cannot be written.
+        """
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            with _complaining(self.path):
+                self._take(lock)
+                for file in _leftovers(self.path):
+                    file.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def _take(self, lock: FileLock) -> None:
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise TrainingError(f"somebody trains in {self.path} at this moment. Wait for that to end, or give this run another "
+                                "name.") from error
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+            logging.warning("Mend: the drive of %s has no locks (%s); see to it that nobody else trains in this folder", self.path, error)
+
     def steps(self) -> list[int]:
         """Return the steps of which there are checkpoints, latest first."""
         return sorted((int(file.stem.partition("_")[2]) for file in self.path.glob("checkpoint_*.safetensors")), reverse=True)
@@ -65,7 +99,8 @@ class RunFolder:
         Raises:
             TrainingError: when it cannot be written; earlier ones are intact then.
         """
-        metadata = {"mend.kind": "checkpoint", "mend.version": VERSION, "mend.step": str(checkpoint.step), "mend.facts": json.dumps(checkpoint.facts)}
+        metadata = {"mend.kind": "checkpoint", "mend.version": VERSION, "mend.step": str(checkpoint.step)}
+        metadata["mend.facts"] = json.dumps(checkpoint.facts)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         with _replacing(self._file(checkpoint.step)) as temporary:
             save_file(tensors, temporary, metadata)
@@ -130,7 +165,6 @@ def open_run(base: Path, name: str, description: dict[str, Any], steps: int, kee
     for number in count(1):
         run = RunFolder(base / (name if number == 1 else f"{name}_{number}"), keep)
         with _complaining(run.path):
-            _remove_leftovers(run.path)
             if _is_empty(run.path):
                 return _begin(run, wanted)
         if _description(run.path) == wanted and max(run.steps(), default=0) <= steps:
@@ -146,14 +180,12 @@ def _begin(run: RunFolder, description: dict[str, Any]) -> RunFolder:
 
 
 def _is_empty(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    return not folder.exists() or (folder.is_dir() and not {*folder.iterdir()} - {folder / LOCK, *_leftovers(folder)})
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while writing has left; safetensors writes to a name of its own, .tmp and six letters, first."""
-    for pattern in (".*.tmp", ".tmp??????", "validation/.*.tmp"):
-        for file in folder.glob(pattern):
-            file.unlink(missing_ok=True)
+def _leftovers(folder: Path) -> list[Path]:
+    """What a process that was killed while writing has left; safetensors writes to a name of its own, .tmp and six letters, first."""
+    return [file for pattern in (".*.tmp", ".tmp??????", "validation/.*.tmp") for file in folder.glob(pattern)]
 
 
 def _description(folder: Path) -> Any:

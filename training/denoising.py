@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model_patches.host import batched_conds, evaluate, is_flow, loaded_for_training, model_conds, output_slope
+from ..model_patches.host import (
+    batched_conds,
+    evaluate,
+    is_flow,
+    keep_loaded_for_training,
+    loaded_for_training,
+    model_conds,
+    output_slope,
+)
 from .trainee import Models
 
 SMALLEST_FLOW_TIME = 1e-3
@@ -44,6 +52,7 @@ class Denoising:
             extra: further arguments of the model, B rows each.
         """
         rows = [model_conds(self.patched.model, self.conditioning(text), x[:1]) for text in texts]
+        keep_loaded_for_training(self.patched)
         together = batched_conds(rows)
         if together is not None:
             return evaluate(self.patched, x, sigma, together | extra)
@@ -53,18 +62,24 @@ class Denoising:
             parts.append(evaluate(self.patched, x[i:i + 1], sigma[i:i + 1], own))
         return torch.cat(parts)
 
-    def loss(self, z0: Tensor, texts: Sequence[str], generators: Sequence[torch.Generator], extra: dict[str, Tensor]) -> Tensor:
+    def loss(self, z0: Tensor, texts: Sequence[str], generators: Sequence[torch.Generator], extra: dict[str, Tensor],
+             absolute: bool = False) -> Tensor:
         """Return the mean square error of the model's own output (eps, v or velocity), at noise levels drawn as its family is trained.
 
         Args:
             z0: (B, ...) clean latents as the model sees them.
             generators: one a sample.
+            absolute: mean absolute error instead.
         """
         sigma = torch.stack([self.draw_sigma(generator) for generator in generators]).to(z0)
         noise = torch.stack([torch.randn(row.shape, generator=generator).to(row) for row, generator in zip(z0, generators)])
         x = self.sampling.noise_scaling(sigma.reshape(-1, *[1] * (z0.ndim - 1)), noise, z0)
-        error = (self.x0(x, sigma, texts, extra) - z0) / output_slope(self.sampling, sigma, z0)
-        return error.square().mean()
+        error = self.error(x, sigma, z0, texts, extra)
+        return error.abs().mean() if absolute else error.square().mean()
+
+    def error(self, x: Tensor, sigma: Tensor, z0: Tensor, texts: Sequence[str], extra: dict[str, Tensor]) -> Tensor:
+        """Return how far the model's own output for x (B, ...) at sigma (B,) is from the one that leads to the clean latents z0."""
+        return (self.x0(x, sigma, texts, extra) - z0) / output_slope(self.sampling, sigma, z0)
 
     def draw_sigma(self, generator: torch.Generator) -> Tensor:
         """Uniform timesteps of the discrete schedule, or logit-normal times of a flow under the model's own shift (arXiv 2403.03206)."""

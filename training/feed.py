@@ -39,6 +39,9 @@ class Pairs(Protocol):
     def fingerprint(self) -> str:
         """Return a text that differs for other data."""
 
+    def with_charts(self, side: int) -> "Pairs":
+        """Return the same pairs with test charts; asked for by trainees that want charts only."""
+
     def collate(self, pairs: list[Pair]) -> Batch:
         """Make one batch."""
 

@@ -42,7 +42,100 @@ def _new_adapter(models: Models, config: Mapping[str, Any]) -> Weights:
     return new_adapter(models, config)
 
 
-KINDS: dict[str, Kind] = {"restoration_adapter": Kind(_adapter_trainee, _new_adapter)}
+def _experts_trainee(weights: Weights, models: Models) -> Trainee:
+    from .detail_experts import DetailExpertsTrainee
+
+    return DetailExpertsTrainee(weights, models)
+
+
+def _new_experts(models: Models, config: Mapping[str, Any]) -> Weights:
+    from .detail_experts import new_experts
+
+    return new_experts(models, config)
+
+
+def _prompt_trainee(weights: Weights, models: Models) -> Trainee:
+    from .learned_prompt import LearnedPromptTrainee
+
+    return LearnedPromptTrainee(weights, models)
+
+
+def _new_prompt(models: Models, config: Mapping[str, Any]) -> Weights:
+    from .learned_prompt import new_learned_prompt
+
+    return new_learned_prompt(models, config)
+
+
+def _conditioning_trainee(weights: Weights, models: Models) -> Trainee:
+    from .learned_prompt import LearnedConditioningTrainee
+
+    return LearnedConditioningTrainee(weights, models)
+
+
+def _new_conditioning(models: Models, config: Mapping[str, Any]) -> Weights:
+    from .learned_prompt import new_learned_conditioning
+
+    return new_learned_conditioning(models, config)
+
+
+def _degradation_trainee(weights: Weights, models: Models) -> Trainee:
+    from .degradation_model import DegradationTrainee
+
+    return DegradationTrainee(weights, models)
+
+
+def _new_degradation_model(models: Models, config: Mapping[str, Any]) -> Weights:
+    from .degradation_model import new_model
+
+    return new_model(models, config)
+
+
+def _fusion_trainee(weights: Weights, models: Models) -> Trainee:
+    from .fusion import FusionTrainee
+
+    return FusionTrainee(weights, models)
+
+
+def _new_fusion(models: Models, config: Mapping[str, Any]) -> Weights:
+    from .fusion import fresh_fusion
+
+    return fresh_fusion(models, config)
+
+
+def _tokenizer_trainee(weights: Weights, models: Models) -> Trainee:
+    from .degradation_tokenizer import DegradationTokenizerTrainee
+
+    return DegradationTokenizerTrainee(weights, models)
+
+
+def _new_tokenizer(models: Models, config: Mapping[str, Any]) -> Weights:
+    from .degradation_tokenizer import new_tokenizer
+
+    return new_tokenizer(config)
+
+
+def _estimator_trainee(weights: Weights, models: Models) -> Trainee:
+    from .degradation_estimator import DegradationEstimatorTrainee
+
+    return DegradationEstimatorTrainee(weights, models)
+
+
+def _new_estimator(models: Models, config: Mapping[str, Any]) -> Weights:
+    from .degradation_estimator import estimator_from_config
+
+    return estimator_from_config(config)
+
+
+KINDS: dict[str, Kind] = {
+    "degradation_tokenizer": Kind(_tokenizer_trainee, _new_tokenizer),
+    "degradation_estimator": Kind(_estimator_trainee, _new_estimator),
+    "degradation_model": Kind(_degradation_trainee, _new_degradation_model),
+    "restoration_adapter": Kind(_adapter_trainee, _new_adapter),
+    "detail_experts": Kind(_experts_trainee, _new_experts),
+    "learned_prompt": Kind(_prompt_trainee, _new_prompt),
+    "learned_prompt_conditioning": Kind(_conditioning_trainee, _new_conditioning),
+    "fusion": Kind(_fusion_trainee, _new_fusion),
+}
 
 
 def trainee_of(weights: Weights, models: Models) -> Trainee:
@@ -53,7 +146,8 @@ def trainee_of(weights: Weights, models: Models) -> Trainee:
     """
     kind = _known(weights.kind)
     with torch.inference_mode(False):
-        return kind.trainee(replace(weights, tensors={name: tensor.detach().cpu().clone() for name, tensor in weights.tensors.items()}), models)
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights.tensors.items()}
+        return kind.trainee(replace(weights, tensors=tensors), models)
 
 
 def new_weights(kind: str, models: Models, config: Mapping[str, Any]) -> Weights:
@@ -67,5 +161,6 @@ def new_weights(kind: str, models: Models, config: Mapping[str, Any]) -> Weights
 
 def _known(kind: str) -> Kind:
     if kind not in KINDS:
-        raise ValueError(f"weights of the kind {kind.replace('_', ' ')} cannot be trained; there are {', '.join(sorted(KINDS)) or 'none yet'}.")
+        raise ValueError(f"weights of the kind {kind.replace('_', ' ')} cannot be trained; there are "
+                         f"{', '.join(sorted(KINDS)) or 'none yet'}.")
     return KINDS[kind]

@@ -3,6 +3,8 @@
 import hashlib
 import math
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -81,7 +83,7 @@ class Result:
 
 
 def describe_run(trainee: Trainee, pairs: Pairs, models: Models, settings: Settings, processes: Processes = ALONE) -> dict[str, Any]:
-    """Return what two runs must share for one to go on where the other stopped: weights to start from, data, models, settings. For open_run."""
+    """Return, for open_run, what two runs must share for one to go on where the other stopped: first weights, data, models, settings."""
     given = {"model": models.model, "clip": models.clip and models.clip.patcher, "vae": models.vae and models.vae.patcher}
     return {
         "kind": trainee.kind,
@@ -97,8 +99,8 @@ def train(trainee: Trainee, pairs: Pairs, models: Models, settings: Settings, ru
           processes: Processes = ALONE) -> Result:
     """Train, going on from the last checkpoint of the run.
 
-    The same settings, data and start give the same weights bit for bit on a CPU, however often the run was interrupted; how a step's samples are
-    spread over batches and processes changes roundings only.
+    The same settings, data and start give the same weights bit for bit on a CPU, however often the run was interrupted; how a step's
+    samples are spread over batches and processes changes roundings only.
 
     Args:
         trainee: trained in place.
@@ -111,11 +113,14 @@ def train(trainee: Trainee, pairs: Pairs, models: Models, settings: Settings, ru
 
     Raises:
         ValueError: when there is no data, or models are missing or do not fit.
-        TrainingError: when checkpoints cannot be written, or the loss is not finite time and again.
+        TrainingError: when checkpoints cannot be written, somebody else trains in the same folder, or the loss is not finite time and
+            again.
     """
     if len(pairs) == 0:
         raise ValueError("there are no pairs to train with.")
-    with gradients():
+    side = getattr(trainee, "wants_charts", 0)
+    pairs = pairs.with_charts(side) if side else pairs
+    with gradients(), nullcontext() if run is None else run.alone():
         saved = processes.same(run.load() if run is not None else None)
         if settings.checkpointing and models.model is not None:
             models = replace(models, model=checkpointed_blocks(models.model))
@@ -125,6 +130,8 @@ def train(trainee: Trainee, pairs: Pairs, models: Models, settings: Settings, ru
             state.restore(saved)
             return _result(state, settings, page)
         with trainee.attach(models):
+            if saved is None and hasattr(trainee, "prepare"):
+                trainee.prepare(pairs, settings.seed)
             session = _Session(trainee, pairs, models, settings, run, observer, processes, saved)
             try:
                 session.go()
@@ -166,13 +173,15 @@ class _Session:
 
     def __init__(self, trainee: Trainee, pairs: Pairs, models: Models, settings: Settings, run: RunFolder | None, observer: Observer,
                  processes: Processes, saved: Checkpoint | None) -> None:
-        self.trainee, self.pairs, self.settings, self.run, self.observer, self.processes = trainee, pairs, settings, run, observer, processes
+        self.trainee, self.pairs, self.settings = trainee, pairs, settings
+        self.run, self.observer, self.processes = run, observer, processes
         self.state = State(trainee, settings)
         if saved is not None:
             self.state.restore(saved)
         self._start_alike()
         device = models.model.load_device if models.model is not None else self.state.parameters[0].device
         self.precision = autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+        self.at_step: Callable[[int], None] = getattr(trainee, "at_step", lambda step: None)
         self.page: Tensor | None = None
         self.first_step, self.seconds_before, self.begun = self.state.step, self.state.seconds, time.monotonic()
         self.saved_at, self.saving_took = time.monotonic(), 0.0
@@ -201,6 +210,7 @@ class _Session:
     def _step(self, feed: Feed) -> bool:
         """Take a step; returns whether to stop before the last one."""
         losses, figures = 0.0, {}
+        self.at_step(self.state.step)
         for _ in range(self.settings.accumulate):
             interrupt_point()
             batch, generators = feed.next()
@@ -236,7 +246,8 @@ class _Session:
         if self.processes.rank > 0 or not due or (known and (step < self.settings.steps or self.page is not None)):
             return
         with self.state.averaged():
-            results = restore_each(self.trainee, self.pairs, _validation_pictures(self.pairs, self.settings), self.settings.seed, interrupt_point)
+            number = _validation_pictures(self.pairs, self.settings)
+            results = restore_each(self.trainee, self.pairs, number, self.settings.seed, interrupt_point)
         degraded = sum(psnr(pair.degraded, pair.clean) for pair, _ in results) / len(results)
         restored = sum(psnr(picture, pair.clean) for pair, picture in results) / len(results)
         validation = Validation(step, degraded, restored)

@@ -1,10 +1,11 @@
 """Paired data: good pictures with degraded ones, cut out, mirrored and damaged as a generator says."""
 
+import copy
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..degradations.recipe import Recipe
 from ..degradations.seeding import uniform
+from .charts import charts, stacked
 from .decoding import UnreadableError
 from .screening import screen
 from .sources import NODE, Sample, Source
@@ -71,6 +73,9 @@ class Pairs:
         samples, self.left_out = screen(source, crop)
         self.place, self.recipes, self.crop, self.flip = source.place, tuple(recipes), crop, flip
         self.training, self.held_out = _split(samples, held_out)
+        self.chart_side = 0
+        if recipes:
+            import kornia  # noqa: F401 - here, since threads that import it at the same time can meet it half made
         self._named: set[str] = set()
         if not self.held_out:
             log.info("%s: no picture is held out; validation uses training pictures (%s).", NODE, self.place)
@@ -120,6 +125,20 @@ class Pairs:
         content = {"version": VERSION, "settings": settings, "pictures": pictures}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def with_charts(self, side: int) -> "Pairs":
+        """Return the same pairs, each with a test chart of that side in pixels, and the chart after what happens to the picture.
+
+        Raises:
+            ValueError: when pictures have degraded partners, whose degradation nobody can do to a chart.
+        """
+        partners = sum(sample.degraded is not None for sample in [*self.training, *self.held_out])
+        if partners:
+            raise ValueError(f"{NODE}: {partners} pictures in {self.place} come with degraded ones, and how those were degraded cannot be "
+                             "shown on a test chart. Give good pictures alone, and connect degradations.")
+        charted = copy.copy(self)
+        charted.chart_side = side
+        return charted
+
     def summary(self) -> str:
         """Return counts in words, a line each."""
         captions = sum(bool(sample.caption) for sample in [*self.training, *self.held_out])
@@ -157,8 +176,13 @@ class Pairs:
             target = _window(clean, draw, self.crop, flip)
             if sample.degraded:
                 return Pair(target, _window(degraded, draw, self.crop, flip), sample.caption)
-            damaged, words = self.recipes[int(draw.recipe * len(self.recipes))].apply(target[None], draw.seed)
-            return Pair(target, damaged[0], sample.caption, ", ".join(words))
+            recipe = self.recipes[int(draw.recipe * len(self.recipes))]
+            damaged, words = recipe.apply(target[None], draw.seed)
+            pair = Pair(target, damaged[0], sample.caption, ", ".join(words))
+            if not self.chart_side:
+                return pair
+            chart, damaged, other = charts(recipe, self.recipes, draw.seed, self.chart_side)
+            return replace(pair, chart=chart, degraded_chart=damaged, other_chart=other)
 
 
 def collate(pairs: Sequence[Pair]) -> Batch:
@@ -167,6 +191,8 @@ def collate(pairs: Sequence[Pair]) -> Batch:
         return Batch(
             torch.stack([pair.clean for pair in pairs]), torch.stack([pair.degraded for pair in pairs]),
             tuple(pair.caption for pair in pairs), tuple(pair.words for pair in pairs),
+            stacked([pair.chart for pair in pairs]), stacked([pair.degraded_chart for pair in pairs]),
+            stacked([pair.other_chart for pair in pairs]),
         )  # fmt: skip
 
 

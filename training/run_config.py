@@ -92,7 +92,8 @@ def load_models(config: Config) -> "Models":
     table = config.model
     ways = [way for way in ("lab", "checkpoint", "diffusion_model") if way in table]
     if len(ways) != 1:
-        raise ConfigError("[model] needs exactly one of lab = \"unet\" or \"dit\", checkpoint = FILE, and diffusion_model = FILE with clip and vae.")
+        raise ConfigError("[model] needs exactly one of lab = \"unet\" or \"dit\", checkpoint = FILE, and diffusion_model = FILE with clip "
+                          "and vae.")
     if ways == ["lab"]:
         from ..lab.prior import KINDS, load_lab_prior
 
@@ -118,14 +119,16 @@ def start_weights(config: Config, models: "Models") -> "Weights":
         ConfigError: when it says nothing or names a file that is not there.
         ValueError: when the weights cannot be made.
     """
-    from ..model_patches.weights_file import load_weights
+    from ..model_patches.published_prompt import load_file
     from .kinds import new_weights
 
     table = dict(config.weights)
     if ("file" in table) == ("kind" in table):
         raise ConfigError("[weights] needs either file = FILE to start from, or kind = KIND with its settings for fresh ones.")
     if "file" in table:
-        return load_weights(_existing(config, "file", table["file"]))
+        return load_file(_existing(config, "file", table["file"]))
+    if "tokenizer" in table:
+        table["tokenizer"] = str(_existing(config, "tokenizer", table["tokenizer"]))
     return new_weights(table.pop("kind"), models, table)
 
 
@@ -135,7 +138,8 @@ def _load_clip(config: Config) -> "CLIP":
     files, kind = config.model["clip"], config.model.get("clip_type", "stable_diffusion")
     paths = [str(_existing(config, "clip", file)) for file in ([files] if isinstance(files, str) else files)]
     if kind.upper() not in comfy.sd.CLIPType.__members__:
-        raise ConfigError(f"[model] clip_type is {kind!r}; choose one of {', '.join(name.lower() for name in comfy.sd.CLIPType.__members__)}.")
+        raise ConfigError(f"[model] clip_type is {kind!r}; choose one of "
+                          f"{', '.join(name.lower() for name in comfy.sd.CLIPType.__members__)}.")
     return comfy.sd.load_clip(paths, clip_type=comfy.sd.CLIPType[kind.upper()])
 
 

@@ -1,4 +1,4 @@
-"""What changes while a run goes on: weights, optimiser, schedule, moving average, figures; and how it becomes a checkpoint and comes back."""
+"""What changes while a run goes on: weights, optimiser, schedule, moving average, figures; how it becomes a checkpoint and comes back."""
 
 import logging
 import math
@@ -48,7 +48,8 @@ class State:
         self.parameters = list(trainee.parameters())
         if not self.parameters:
             raise ValueError(f"the {trainee.kind.replace('_', ' ')} has no weights to train.")
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.rate, betas=settings.betas, weight_decay=settings.weight_decay)
+        groups = _groups(self.parameters, _rate_factors(trainee, self.parameters), settings.rate)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=settings.betas, weight_decay=settings.weight_decay)
         name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
         self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=settings.warmup, num_training_steps=settings.steps)
         self.average = _average(self.parameters, settings.ema)
@@ -103,7 +104,8 @@ class State:
         tensors = {f"weights.{name}": tensor for name, tensor in self.trainee.state_dict().items()}
         tensors |= {f"optimizer.{index}.{name}": tensor for index, own in optimizer["state"].items() for name, tensor in own.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        facts: dict[str, Any] = {"groups": optimizer["param_groups"], "seconds": self.seconds, "validations": [astuple(v) for v in self.validations]}
+        facts: dict[str, Any] = {"groups": optimizer["param_groups"], "seconds": self.seconds}
+        facts["validations"] = [astuple(validation) for validation in self.validations]
         facts["schedule"] = {name: value for name, value in self.schedule.state_dict().items() if name != "lr_lambdas"}
         if self.average is not None:
             own = self.average.state_dict()
@@ -137,6 +139,21 @@ def _average(parameters: list[torch.nn.Parameter], decay: float) -> "EMAModel | 
     from diffusers.training_utils import EMAModel
 
     return EMAModel(parameters, decay=decay)
+
+
+def _rate_factors(trainee: Trainee, parameters: list[torch.nn.Parameter]) -> list[float]:
+    factors = getattr(trainee, "rate_factors", None)
+    return [1.0] * len(parameters) if factors is None else list(factors())
+
+
+def _groups(parameters: list[torch.nn.Parameter], factors: list[float], rate: float) -> list[dict[str, Any]]:
+    """Part the parameters, in their order, where the factor of the learning rate changes."""
+    groups: list[dict[str, Any]] = []
+    for p, factor in zip(parameters, factors, strict=True):
+        if not groups or groups[-1]["lr"] != rate * factor:
+            groups.append({"params": [], "lr": rate * factor})
+        groups[-1]["params"].append(p)
+    return groups
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

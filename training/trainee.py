@@ -1,4 +1,4 @@
-"""What the training loop asks of anything that can be trained. The loop knows no diffusion; a trainee knows no files, ranks or optimisers."""
+"""What the training loop asks of what can be trained. The loop knows no diffusion; a trainee knows no files, ranks or optimisers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -30,22 +30,31 @@ class Pair:
         clean, degraded: (H, W, 3) in 0..1, of the same size.
         caption: what the picture shows; empty where nothing is known.
         words: what is wrong with the degraded picture, such as "noisy, compressed"; empty where nothing is known.
+        chart, degraded_chart: a test chart before and after the same degradation, (side, side, 3) in 0..1; None unless the trainee wants
+            charts.
+        other_chart: that chart after a degradation the picture has nothing of; the clean chart where there is none such.
     """
 
     clean: Tensor
     degraded: Tensor
     caption: str = ""
     words: str = ""
+    chart: Tensor | None = None
+    degraded_chart: Tensor | None = None
+    other_chart: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs of one size: clean and degraded are (B, H, W, 3) in 0..1, captions and words have B entries."""
+    """Pairs of one size: clean and degraded (B, H, W, 3) in 0..1, B captions and words; charts as in Pair, (B, side, side, 3)."""
 
     clean: Tensor
     degraded: Tensor
     captions: tuple[str, ...]
     words: tuple[str, ...]
+    chart: Tensor | None = None
+    degraded_chart: Tensor | None = None
+    other_chart: Tensor | None = None
 
 
 class Trainee(Protocol):
@@ -54,6 +63,8 @@ class Trainee(Protocol):
     Attributes:
         kind: the kind of weights, as it stands in their file.
         config: everything that is not in the shapes, as it stands in their file.
+        at_step: a method that is told the number of each step before its losses; may be left out.
+        wants_charts: side in pixels of the test charts that come with its samples; may be left out, or 0, for none.
     """
 
     kind: str
@@ -61,6 +72,11 @@ class Trainee(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what is trained, always in the same order."""
+
+    # A trainee may also have `prepare(pairs, seed)`: called once, attached, before the first step of a run, to measure the data. What it
+    # finds has to be part of `state_dict`.
+
+    # It may also have `rate_factors()`: what the learning rate is multiplied by for each of the parameters.
 
     def attach(self, models: Models) -> AbstractContextManager[None]:
         """Hang the weights on the models for as long as the context is open, and leave nothing behind.

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,4 +134,5 @@ def test_what_is_made_of_weights_is_made_once():
     weights, made = Weights("k", "f", {}, {}), []
     assert weights.once("a", lambda: made.append(1) or "A") == weights.once("a", lambda: made.append(2)) == "A"
     assert weights.once("b", lambda: "B") == "B" and made == [1]
+    assert replace(weights, tensors={}).once("a", lambda: "of others") == "of others", "trained weights are not those they were trained from"
     assert json.dumps(weights.config) == "{}"

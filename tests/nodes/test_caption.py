@@ -239,4 +239,4 @@ def test_folder_of_extra_model_paths_comes_first(models, tmp_path):
     folders.register()
     folders.register()
     paths, extensions = folder_paths.folder_names_and_paths[folders.MEND]
-    assert paths == [str(tmp_path), str(models.parent), str(folders.TRAINED)] and extensions == {".safetensors"}
+    assert paths == [str(tmp_path), str(models.parent), str(folders.TRAINED)] and extensions == {".safetensors", ".pt"}

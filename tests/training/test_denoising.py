@@ -7,6 +7,7 @@ import torch
 
 import comfy.model_sampling
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete
+from mend.model_patches import host
 from mend.model_patches.host import for_training, gradients, output_slope, unshared_norm_inputs
 from mend.tests.model_patches.adapters import FLOWS
 from mend.tests.tiny_models import FAMILIES, latent_shape, model
@@ -47,6 +48,18 @@ def slope(kind, sigma, data=1.0):
         return -sigma
     sign = 1 if KINDS[kind] == "edm" else -1
     return sign * sigma * data / math.sqrt(sigma**2 + data**2)
+
+
+def test_a_model_that_was_moved_away_comes_back(monkeypatch):
+    """As a VAE may push it out of a small GPU; here it is only said to be elsewhere."""
+    made, loaded = denoising("sd15"), []
+    monkeypatch.setattr(host, "loaded_for_training", loaded.append)
+    arguments = (latents("sd15"), torch.tensor([0.5]), [""], {})
+    made.x0(*arguments)
+    assert not loaded
+    monkeypatch.setattr(made.patched.model, "device", torch.device("meta"))
+    made.x0(*arguments)
+    assert loaded == [made.patched]
 
 
 @every_kind

@@ -20,6 +20,7 @@ from mend.tests import tiny_models
 from mend.tests.training.dummies import DUMMY, KIND, same, weights
 from mend.tests.training.picture_files import encoded, levels
 from mend.training import headless, kinds
+from mend.training.checkpoint import LOCK
 from mend.training.run_config import ConfigError, read_config
 
 HOST, PACK = Path(os.environ["COMFYUI_PATH"]), Path(__file__).resolve().parents[2]
@@ -97,7 +98,8 @@ def test_training_in_process(config, tmp_path):
     assert headless.main([str(config)]) == 0
     trained = load_weights(tmp_path / "trained" / "small.safetensors")
     assert (trained.kind, trained.family, trained.config) == (KIND, "none", {"width": 3}) and not same(trained.tensors, weights(1).tensors)
-    assert sorted(file.name for file in (tmp_path / "runs" / "small").iterdir()) == ["checkpoint_000000004.safetensors", "run.json", "validation"]
+    kept = sorted(file.name for file in (tmp_path / "runs" / "small").iterdir() if file.name != LOCK)
+    assert kept == ["checkpoint_000000004.safetensors", "run.json", "validation"]
     headless.main([str(config)])
     assert [file.name for file in (tmp_path / "trained").iterdir()] == ["small.safetensors"], "a finished run writes no second file"
     config.write_text(TOML.replace("steps = 4", "steps = 6"))

@@ -1,0 +1,389 @@
+"""`python dev bench degradation_space`: diffusion in the degradation space on the lab, beside image space, words, and parts left out."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...lab import headless
+
+headless.boot()
+
+from ...degradations.recipe import Recipe, Step  # noqa: E402 - after boot
+from ...degradations.visual_ground import visual_ground  # noqa: E402
+from ...lab.prior import load_lab_prior  # noqa: E402
+from ...model_patches.degradation_estimator import KIND as ESTIMATOR  # noqa: E402
+from ...model_patches.degradation_estimator import findings, mixed_tokens  # noqa: E402
+from ...model_patches.degradation_model import DEVIATION, KIND, new_weights  # noqa: E402
+from ...model_patches.degradation_tokenizer import KIND as TOKENIZER  # noqa: E402
+from ...model_patches.degradation_tokenizer import SIZES, check_fit  # noqa: E402
+from ...model_patches.host import gradients, weights_fingerprint  # noqa: E402
+from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
+from ...training.checkpoint import open_run  # noqa: E402
+from ...training.degradation_model import DegradationTrainee  # noqa: E402
+from ...training.loop import describe_run, train  # noqa: E402
+from ...training.pairs import Pairs  # noqa: E402
+from ...training.settings import Settings  # noqa: E402
+from ...training.sources import good_folder  # noqa: E402
+from ...training.trainee import Models, Pair  # noqa: E402
+from . import degradation_oracle as oracle  # noqa: E402
+from . import report  # noqa: E402
+from .adapter import Watcher, training_pictures  # noqa: E402
+from .degradation_oracle import COMPOSITE, RECIPES, TASKS, degraded  # noqa: E402
+from .remembered import RememberingVAE  # noqa: E402
+from .scenes import SCENES, figures, mean, seeded  # noqa: E402
+
+SEEDS = (0, 1, 2)
+RANK, CROP, BATCH, STEPS, RATE = 8, 128, 8, 1500, 1e-3
+VARIANTS = 3
+SAMPLING_STEPS = 10
+TRAINED = report.PACK / "lab" / "trained"
+HOME = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
+CHART = 11
+# As Estimate Visual Instruction has it.
+CONFIDENCE = 0.5
+LATENT, PIXEL, IMAGE = "degradation space, latent form", "degradation space, pixel form", "image space"
+WORDS, DEGRADED, CONCATENATION = "text words instead of a chart", "no null subtraction", "concatenation instead of IRB"
+# What is changed from the model of the latent form; all are trained alike.
+METHODS: dict[str, dict[str, str]] = {
+    LATENT: {"form": "latent"}, PIXEL: {"form": "pixel"}, IMAGE: {"form": "picture"}, WORDS: {"form": "latent", "instruction": "words"},
+    DEGRADED: {"form": "latent", "instruction": "degraded"}, CONCATENATION: {"form": "latent", "bridge": "concatenation"},
+}
+ON_DIT = (LATENT, PIXEL, IMAGE)
+
+
+def training_recipes() -> list[Recipe]:
+    """The tasks at several strengths, so that the chart has something to tell."""
+    settings: dict[str, list[dict[str, Any]]] = {
+        "gaussian noise": [{"sigma": sigma} for sigma in (15, 25, 35, 50)],
+        "blur": [{}],
+        "haze": [{"density": density} for density in (0.8, 1.2, 1.6)],
+        "low light": [{"exposure": exposure} for exposure in (0.2, 0.25, 0.35)],
+        "rain": [{"rain": rain} for rain in (0.35, 0.5, 0.7)],
+        "jpeg": [{"quality": quality} for quality in (10, 20)],
+    }
+    # A recipe is drawn with equal chances: every task counts the same.
+    times = {kind: 12 // len(variants) for kind, variants in settings.items()}
+    return [Recipe((Step.of(kind, variant),)) for kind, variants in settings.items() for variant in variants for _ in range(times[kind])]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    prior: str
+    method: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        return f"{self.prior} {self.method} {self.steps}".replace(",", "")
+
+
+class FewPairs(Pairs):
+    """Pairs of which every picture has VARIANTS, with crops and damage of their own, so that their latents can be remembered."""
+
+    def pair(self, index: int, generator: torch.Generator) -> Pair:
+        """Return one of the variants; the generator decides which."""
+        variant = int(torch.randint(VARIANTS, (), generator=generator))
+        return super().pair(index, seeded((index % len(self)) * VARIANTS + variant))
+
+    def fingerprint(self) -> str:
+        """Return the digest of the pairs, unlike that of pairs that vary."""
+        return hashlib.sha256(f"{VARIANTS} of {super().fingerprint()}".encode()).hexdigest()
+
+
+class Lab:
+    """A prior, a tokenizer, and what was trained on them, one thing at a time."""
+
+    def __init__(self, prior: str, codes: Weights) -> None:
+        self.prior, self.codes = prior, codes
+        model, clip, vae = load_lab_prior(prior)
+        self.models = Models(model, clip, RememberingVAE(vae, HOME / "bench" / f"latents-degradation-{weights_fingerprint(vae.patcher)[:12]}.safetensors"))
+        self.known: dict[str, DegradationTrainee] = {}
+
+    def fresh(self, run: Run) -> DegradationTrainee:
+        """What a run starts from."""
+        variant = dict(METHODS[run.method])
+        weights = new_weights(self.models.model.model, self.codes, variant.pop("form"), "small", RANK, 0, **variant)
+        return DegradationTrainee(weights, self.models)
+
+    def trained(self, run: Run) -> DegradationTrainee:
+        """Train, or go on, or take what an earlier run trained."""
+        if run.name not in self.known:
+            trainee = self.fresh(run)
+            pairs = FewPairs(good_folder(training_pictures()), training_recipes(), crop=CROP)
+            settings = Settings(steps=run.steps, batch=BATCH, rate=RATE, schedule="cosine", warmup=20, ema=0.98, validate_every=0)
+            folder = open_run(HOME / "bench" / "degradation_space", run.name, describe_run(trainee, pairs, self.models, settings), run.steps)
+            result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))
+            self.models.vae.save()
+            trainee.load_state_dict(result.tensors)
+            self.known = {run.name: trainee}
+        return self.known[run.name]
+
+
+@contextmanager
+def attached(lab: Lab, trainee: DegradationTrainee) -> Iterator[None]:
+    """The trainee on its models, without gradients."""
+    with gradients(), trainee.attach(lab.models), torch.no_grad():
+        yield
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a trained model is used.
+
+    Attributes:
+        told: what the instruction shows: "true", "null", "blind", or a degradation or several with commas.
+        samples, cfg: of the sampler and the instruction.
+    """
+
+    told: str = "true"
+    samples: int = 1
+    cfg: float = 1.0
+
+
+def instruction(lab: Lab, trainee: DegradationTrainee, picture: Tensor, degradation: str, way: Way, estimator: Weights | None) -> Tensor:
+    """Tokens of the chart that a way shows."""
+    side = SIZES[lab.codes.config["size"]].chart
+    chart = visual_ground(CHART, side)
+    if way.told == "blind":
+        return mixed_tokens(estimator, findings(estimator, picture, "bench")[0].present(CONFIDENCE))
+    if way.told == "null":
+        return trainee.instruction(chart, chart)
+    named = degradation if way.told == "true" else way.told
+    damaged, _ = (RECIPES | oracle.COMPOSITES)[named].apply(chart, CHART + 1)
+    return trainee.instruction(damaged, chart)
+
+
+def restore(lab: Lab, trainee: DegradationTrainee, picture: Tensor, degradation: str, words: str, seed: int, way: Way,
+            estimator: Weights | None = None) -> Tensor:
+    """Sample from pure noise, on the attached trainee."""
+    noise = torch.randn(1, 16, picture.shape[1] // 8, picture.shape[2] // 8, generator=seeded(seed))
+    tokens = torch.zeros(1, 1, trainee.config["code_width"])
+    text = words if trainee.config["instruction"] == "words" and way.told == "true" else ""
+    if trainee.config["instruction"] != "words":
+        tokens = instruction(lab, trainee, picture, degradation, way, estimator).float()
+    return trainee.restored(picture, tokens, text, noise, SAMPLING_STEPS, way.samples, way.cfg)
+
+
+def evaluated(lab: Lab, trainee: DegradationTrainee, degradation: str, way: Way, options: argparse.Namespace,
+              estimator: Weights | None = None) -> dict[str, Any]:
+    """Figures over scenes and seeds, and how near the result is to the input and to the input through the VAE."""
+    begun, rows, count = time.monotonic(), [], 0
+    for scene in options.scenes:
+        of_scene = []
+        for name in SCENES[scene]:
+            for seed in options.seeds:
+                clean, damaged, words = degraded(name, degradation, seed)
+                restored = restore(lab, trainee, damaged, degradation, words, seed, way, estimator)
+                through = lab.models.vae.decode(lab.models.vae.encode(damaged)).clamp(0, 1)
+                of_scene.append({**figures(restored, clean), "to_input": figures(restored, damaged)["psnr"],
+                                 "to_encoded_input": figures(restored, through)["psnr"]})
+                count += 1
+        rows.append(mean(of_scene))
+    spread = torch.tensor([row["psnr"] for row in rows]).std(unbiased=False).item()
+    return {**mean(rows), "psnr_std": spread, "seconds": (time.monotonic() - begun) / count, "n": len(rows), "seeds": len(options.seeds)}
+
+
+def input_row(degradation: str, options: argparse.Namespace, results: report.Results) -> dict[str, Any]:
+    """The damaged picture itself."""
+    def make() -> dict[str, Any]:
+        rows = []
+        for scene in options.scenes:
+            found = [degraded(name, degradation, seed) for name in SCENES[scene] for seed in options.seeds]
+            rows.append(mean([figures(damaged, clean) for clean, damaged, _ in found]))
+        return {**mean(rows), "seconds": 0.0, "n": len(rows), "seeds": len(options.seeds)}
+
+    row = results.get(f"{degradation}|degraded|{options.scenes}|{options.seeds}", make)
+    return {"method": "degraded", "degradation": degradation, "prior": "none", **row}
+
+
+class Table:
+    """Rows of one prior, each computed once.
+
+    Args:
+        lab: the prior.
+        options: of the command.
+        results: rows of earlier runs.
+        estimator: for blind restoration; None leaves those rows out.
+        given: published weights by method, in the place of training.
+    """
+
+    def __init__(self, lab: Lab, options: argparse.Namespace, results: report.Results, estimator: Weights | None,
+                 given: dict[str, Weights] | None = None) -> None:
+        self.lab, self.options, self.results, self.estimator, self.given = lab, options, results, estimator, given or {}
+
+    def row(self, method: str, degradation: str, way: Way = Way(), label: str = "") -> dict[str, Any]:
+        """One row."""
+        run = Run(self.lab.prior, method, self.options.steps)
+
+        def make() -> dict[str, Any]:
+            trainee = DegradationTrainee(self.given[method], self.lab.models) if method in self.given else self.lab.trained(run)
+            with attached(self.lab, trainee):
+                found = evaluated(self.lab, trainee, degradation, way, self.options, self.estimator)
+            return {**found, "parameters": sum(p.numel() for p in trainee.parameters())}
+
+        key = "|".join([run.name, degradation, str(way), str(self.options.scenes), str(self.options.seeds)])
+        return {"method": method + (f", {label}" if label else ""), "degradation": degradation, "prior": self.lab.prior, **self.results.get(key, make)}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All that the issue's table has, one trained model after another."""
+        methods = list(METHODS) if self.lab.prior == "unet" else list(ON_DIT)
+        rows = [input_row(name, self.options, self.results) for name in (*TASKS, COMPOSITE)]
+        for method in methods:
+            if self.given and method not in self.given:
+                continue
+            rows += [self.row(method, name) for name in TASKS]
+            if method in ON_DIT:
+                rows += self._uses(method)
+        return rows
+
+    def _uses(self, method: str) -> list[dict[str, Any]]:
+        """What a model does when it is told something else, and with several samples."""
+        rows = [self.row(method, name, Way("null"), "told of nothing") for name in TASKS]
+        rows += [self.row(method, name, Way(_other(name)), f"told of {_other(name)}") for name in TASKS]
+        if method == IMAGE:
+            return rows
+        rows += [self.row(method, name, Way(samples=4), "mean of 4 samples") for name in TASKS]
+        rows += [self.row(method, name, Way(cfg=1.5), "instruction cfg 1.5") for name in TASKS]
+        rows += [self.row(method, COMPOSITE, Way(told), f"told of {told}") for told in (COMPOSITE, "haze", "noise 25")]
+        if self.estimator is not None:
+            rows += [self.row(method, name, Way("blind"), "blind estimate") for name in (*TASKS, COMPOSITE)]
+        return rows
+
+
+def _other(degradation: str) -> str:
+    """A mismatched instruction: what has no word in common with it."""
+    return "haze" if degradation.startswith(("noise", "blur", "rain", "JPEG")) else "noise 50"
+
+
+def tokenizer_weights() -> Weights:
+    """The lab's trained tokenizer.
+
+    Raises:
+        SystemExit: when there is none yet.
+    """
+    for file in sorted(TRAINED.glob("*.safetensors")):
+        if file.is_file() and (weights := load_weights(file)).kind == TOKENIZER:
+            check_fit(weights, "bench")
+            return weights
+    raise SystemExit("There is no trained degradation tokenizer in lab/trained yet. Train it first.")
+
+
+def estimator_weights() -> Weights | None:
+    """The lab's trained estimator, None where there is none yet."""
+    found = [weights for file in sorted(TRAINED.glob("*.safetensors")) if (weights := load_weights(file)).kind == ESTIMATOR]
+    return found[0] if found else None
+
+
+def published(prior: str) -> dict[str, Weights]:
+    """The pack's own degradation models for a prior, in full precision."""
+    found = {}
+    for form, method in (("latent", LATENT), ("pixel", PIXEL)):
+        file = _file(prior, form)
+        if file.exists():
+            weights = load_weights(file)
+            found[method] = Weights(KIND, weights.family, weights.config, {name: tensor.float() for name, tensor in weights.tensors.items()}, file.name)
+    return found
+
+
+def publish(lab: Lab, steps: int) -> None:
+    """Store trained weights in half precision where the pack's own weights lie."""
+    for form, method in (("latent", LATENT), ("pixel", PIXEL)):
+        trainee = lab.trained(Run(lab.prior, method, steps))
+        tensors = {name: tensor.detach().half() if tensor.ndim else tensor for name, tensor in trainee.state_dict().items()}
+        assert float(tensors[DEVIATION]) > 0
+        file = _file(lab.prior, form)
+        file.unlink(missing_ok=True)
+        save_weights(Weights(KIND, trainee.family, trainee.config, tensors), file)
+
+
+def _file(prior: str, form: str) -> Path:
+    return TRAINED / f"degradation_{form}_{prior}.safetensors"
+
+
+COLUMNS = ("method", "degradation", "prior", "n", "seeds", "parameters", "psnr", "psnr_std", "ssim", "haarpsi", "to_input", "to_encoded_input", "seconds")
+INTRODUCTION = """## Diffusion in the degradation space: `python dev bench degradation_space`
+
+A small-scale reproduction on the lab prior (lab/README.md). Every model learned all tasks at once ({tasks}; several strengths each), {steps} steps of
+{batch} crops of {crop} px, at one learning rate of {rate:g}, with LoRA of rank {rank}. Restored from pure noise with {sampling} Euler steps,
+no prompt. The chart of the instruction is one that no training drew; its damage is of the same strength as the picture's, with other noise. Four scenes, {seeds} seed(s); PSNR in dB.
+to_input is the PSNR of the result to the damaged picture, to_encoded_input to that picture through the VAE: how much nothing was done.
+
+The ceilings first: the true residual through the lab's VAE, PSNR / SSIM.
+"""
+
+
+def write_evidence(tables: list[str], options: argparse.Namespace) -> None:
+    """Write this measurement's section of docs/evidence.md."""
+    introduction = INTRODUCTION.format(tasks=", ".join(TASKS), steps=options.steps, batch=BATCH, crop=CROP, rate=RATE, rank=RANK, sampling=SAMPLING_STEPS,
+                                       seeds=len(options.seeds))
+    report.write_section("degradation_space", "\n".join([introduction, *tables]))
+
+
+def ceiling_rows(lab_vae: Any, options: argparse.Namespace, results: report.Results) -> list[dict[str, Any]]:
+    """The oracle's table, from the results if it is there."""
+    keys = {name: f"ceiling|{name}|{options.scenes}|{options.seeds}" for name in RECIPES}
+    missing = [name for name, key in keys.items() if key not in results.rows]
+    found = {row["degradation"]: row for row in (oracle.ceilings(lab_vae, options.scenes, options.seeds, missing) if missing else [])}
+    return [results.get(key, lambda name=name: {**found[name], "psnr": found[name]["figures"][f"{found[name]['better']} form"]["psnr"]})
+            for name, key in keys.items()]
+
+
+def main() -> None:
+    """Print the ceilings, train, evaluate, print, and write the evidence of a full run."""
+    parser = argparse.ArgumentParser(prog="python dev bench degradation_space", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="ceilings and the committed weights on coffee, one seed")
+    parser.add_argument("--json", action="store_true", help="end with the rows as one line of JSON")
+    parser.add_argument("--ceilings", action="store_true", help="print the ceilings and stop")
+    parser.add_argument("--prior", nargs="+", default=["unet", "dit"], choices=["unet", "dit"])
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of every run")
+    parser.add_argument("--publish", action="store_true", help="store the trained models as the pack's own weights")
+    options = parser.parse_args()
+    options.scenes, options.seeds = (("coffee",), SEEDS[:1]) if options.quick else (tuple(SCENES), SEEDS[:options.seeds])
+    results = report.Results(_results_file(options))
+    rows = ceiling_rows(load_lab_prior(options.prior[0])[2], options, results)
+    tables = [report.markdown(rows, oracle.COLUMNS)]
+    report.say(tables[0])
+    if not options.ceilings:
+        codes, estimator = tokenizer_weights(), estimator_weights()
+        for prior in options.prior:
+            lab = Lab(prior, codes)
+            given = published(prior) if options.quick else {}
+            if options.quick and not given:
+                continue
+            own = Table(lab, options, results, estimator, given).rows()
+            rows += own
+            tables.append(report.markdown(own, COLUMNS))
+            report.say(tables[-1])
+            if options.publish and not options.quick:
+                publish(lab, options.steps)
+        if not options.quick:
+            write_evidence(tables, options)
+    if options.json:
+        report.say(json.dumps({"rows": rows}))
+
+
+def _results_file(options: argparse.Namespace) -> Path:
+    if not options.quick:
+        return report.results_file("degradation_space")
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(TRAINED.glob("*.safetensors")))).hexdigest()[:12]
+    return HOME / "bench" / f"degradation_space-quick-{digest}-{report.fingerprint()}.jsonl"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Degradation-aware feature fusion, DAFF (UniLDiff, arXiv 2507.23685, read with methods that are public): what the denoiser sees right
+after its first layer is fused with the encoder's features of the degraded picture.
+
+    e = zero(SiLU(conv(GroupNorm(f_LQ))))                           the condition embedding, once a run
+    latent, lq = DoubleStream(linear(x), linear(e))                 one attention over the tokens of both
+    f = SingleStream([lq, latent])                                  joined channel by channel; both streams as updated
+    x' = x + zero(Last(f))
+
+The last layers of both lines start at zero, so a fresh one leaves the model as it is. Modulations follow the timestep. The public code
+feeds the single stream the latent stream as it came in; the paper says both updated streams, and so it is here. What the paper does not say
+is how layers other than the last start: here as torch's own, with gates around 1, so that the blocks act from the first step.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .anatomy import PATCH, Anatomy
+from .daff_blocks import HEAD, DoubleStreamBlock, LastLayer, SingleStreamBlock, TimeEmbedding, time_code
+from .token_windows import in_windows
+
+# What "published" and "lite" mean for a model whose features have so many channels after its first layer: SDXL has 320 there.
+PRESETS = ("published", "lite")
+WIDTHS = {"published": (3.2, 1024), "lite": (2.4, 768)}
+TRANSFORMER_WIDTHS = {"published": (1.0, 1024), "lite": (0.5, 768)}
+EMBEDDING = 320
+GROUPS = 32
+# Tokens to a side of a window: 512 pixels of published, 1024 of lite or of a transformer, for eight pixels to a cell.
+WINDOW = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of a DAFF.
+
+    Attributes:
+        channels: of the denoiser's feature.
+        features: channels of the encoder's features.
+        embedding: channels of the condition embedding.
+        width: of the tokens; the single stream has twice that.
+        patch: latent cells to a side of a token.
+        tokens: the denoiser's feature comes as such tokens (B, N, C) already.
+        single: whether there is a single-stream block.
+    """
+
+    channels: int
+    features: int
+    embedding: int
+    width: int
+    patch: int
+    tokens: bool
+    single: bool = True
+
+
+def layout_of(anatomy: Anatomy, preset: str, features: int, single: bool = True) -> Layout:
+    """Return the layout for a denoiser.
+
+    "published" has a token for every latent cell and width 1024 on SDXL, "lite" tokens of 2x2 cells and width 768; narrower models get
+    narrower ones. Transformers have tokens of their own, 2x2 cells in both.
+
+    Args:
+        anatomy: of the model.
+        preset: one of PRESETS.
+        features: channels of the VAE encoder's features.
+        single: False leaves the single-stream block out, to see what it is worth.
+    """
+    unet = anatomy.kind == "unet"
+    channels = anatomy.emb // 4 if unet else anatomy.emb
+    factor, most = (WIDTHS if unet else TRANSFORMER_WIDTHS)[preset]
+    width = max(HEAD, int(min(factor * channels, most)) // HEAD * HEAD)
+    return Layout(channels, features, min(EMBEDDING, channels), width, 1 if unet and preset == "published" else PATCH, not unet, single)
+
+
+class ConditionEmbedding(nn.Module):
+    """What the encoder knows of the degraded picture, brought to the denoiser's terms."""
+
+    def __init__(self, features: int, embedding: int, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.norm = operations.GroupNorm(next(groups for groups in (GROUPS, 16, 8, 4, 2, 1) if features % groups == 0), features, **factory)
+        self.conv = operations.Conv2d(features, features, 3, padding=1, **factory)
+        self.zero = operations.Conv2d(features, embedding, 3, padding=1, **factory)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, features, h, w) -> (B, embedding, h, w)."""
+        return self.zero(F.silu(self.conv(self.norm(features))))
+
+
+class DAFF(nn.Module):
+    """The fusion of one denoiser.
+
+    Args:
+        layout: sizes.
+        operations: the host's layers.
+        factory: dtype and device of the weights.
+    """
+
+    def __init__(self, layout: Layout, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.layout, width = layout, layout.width
+        self.embedding = ConditionEmbedding(layout.features, layout.embedding, operations, **factory)
+        cut = {"kernel_size": layout.patch, "stride": layout.patch, **factory}
+        if layout.tokens:
+            self.latent_in = operations.Linear(layout.channels, width, **factory)
+        else:
+            self.latent_in = operations.Conv2d(layout.channels, width, **cut)
+        self.lq_in = operations.Conv2d(layout.embedding, width, **cut)
+        self.time1 = TimeEmbedding(width, operations, **factory)
+        self.time2 = TimeEmbedding(2 * width, operations, **factory)
+        self.double_stream = DoubleStreamBlock(width, operations, **factory)
+        self.single_stream = SingleStreamBlock(2 * width, operations, **factory) if layout.single else None
+        self.last = LastLayer(2 * width, width, operations, **factory)
+        cells = 1 if layout.tokens else layout.patch ** 2
+        self.zero = operations.Linear(width, layout.channels * cells, **factory)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Return the condition embedding of features (B, C, h, w), or of a video's (B, C, T, h, w)."""
+        if features.ndim == 4:
+            return self.embedding(features)
+        return self.embedding(_frames(features)).unflatten(0, (features.shape[0], -1)).movedim(2, 1).contiguous()
+
+    def forward(self, x: Tensor, e: Tensor, time: Tensor, options: dict) -> Tensor:
+        """Return what is added to the denoiser's feature.
+
+        Args:
+            x: (B, channels, h, w), or tokens (B, N, channels).
+            e: the condition embedding at the latent's resolution, (B, embedding, h, w) or (B, embedding, T, h, w).
+            time: (B,) in 0..1000.
+            options: the host's transformer_options.
+        """
+        lq = self.lq_in(_padded(_frames(e), self.layout.patch))
+        if self.layout.tokens:
+            latent = self.latent_in(x).reshape(len(lq), -1, self.layout.width).transpose(1, 2).reshape(lq.shape)
+        else:
+            latent = self.latent_in(_padded(x, self.layout.patch))
+        code = time_code(time).to(x).repeat_interleave(len(lq) // len(time), 0)
+        times = self.time1(code), self.time2(code)
+        fused = in_windows(lambda a, b: self._fuse(a, b, times, options), latent, lq, WINDOW)
+        change = self.zero(fused.flatten(2).transpose(1, 2))
+        if self.layout.tokens:
+            return change.reshape(x.shape)
+        cells = change.transpose(1, 2).unflatten(2, fused.shape[-2:])
+        return F.pixel_shuffle(cells, self.layout.patch)[..., :x.shape[-2], :x.shape[-1]]
+
+    def _fuse(self, latent: Tensor, lq: Tensor, times: tuple[Tensor, Tensor], options: dict) -> Tensor:
+        """(B, width, h, w) of both streams -> the same of the fused one."""
+        sides = latent.shape[-2:]
+        latent, lq = self.double_stream(latent.flatten(2).transpose(1, 2), lq.flatten(2).transpose(1, 2), times[0], options)
+        joined = torch.cat([lq, latent], -1)
+        if self.single_stream is not None:
+            joined = self.single_stream(joined, times[1], options)
+        return self.last(joined, times[1]).transpose(1, 2).unflatten(2, sides)
+
+    def weigh(self, mask: Tensor, x: Tensor) -> Tensor:
+        """Return the mask (B, 1, ...) of the latent at x's resolution, shaped to multiply it."""
+        if not self.layout.tokens:
+            return mask
+        return F.avg_pool2d(_padded(_frames(mask), self.layout.patch), self.layout.patch).reshape(len(mask), -1, 1)
+
+
+def initialise(daff: DAFF, generator: torch.Generator) -> None:
+    """Fill the weights, which the host's layers leave empty."""
+    with torch.no_grad():
+        for name, p in daff.named_parameters():
+            layer = name.split(".")[-2]
+            if layer == "zero" or name.endswith("bias"):
+                p.zero_()
+            elif layer in ("norm", "query_norm", "key_norm"):
+                p.fill_(1)
+            else:
+                bound = p[0].numel() ** -0.5
+                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+        for stream in (daff.double_stream.lq, daff.double_stream.latent):
+            parts = stream.modulation.bias.chunk(6)
+            for gate in (parts[2], parts[5]):
+                gate.fill_(1)
+        if daff.single_stream is not None:
+            daff.single_stream.modulation.bias.chunk(3)[2].fill_(1)
+
+
+def _frames(x: Tensor) -> Tensor:
+    """Take a video for a batch of its frames."""
+    return x.movedim(2, 1).flatten(0, 1) if x.ndim == 5 else x
+
+
+def _padded(x: Tensor, patch: int) -> Tensor:
+    """Repeat the last row and column until whole patches are there."""
+    down, right = (-x.shape[axis] % patch for axis in (-2, -1))
+    return F.pad(x, (0, right, 0, down), mode="replicate") if down or right else x

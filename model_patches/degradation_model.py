@@ -1,0 +1,286 @@
+"""Degradation diffusion (Defusion, arXiv 2506.16960): bridge, adapter and LoRA in one file, new, checked, and hung on a model."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import degradation_tokenizer as tokenizer
+from . import irb, via
+from .adapter_patch import check_family, check_shapes
+from .anatomy import Anatomy, Site, anatomy_of, every_block
+from .blocks import visit_blocks
+from .conditioned_patch import ConditionedPatch
+from .degradation_condition import DegradationCondition
+from .degraded_picture import FORMS
+from .diffusion_adapter import DiffusionAdapter
+from .host import inference_module, trained_operations
+from .weights_file import Weights
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+
+KIND = "degradation_model"
+NETWORK, TOKENIZER = "network.", "tokenizer."
+# d of degraded_picture.py; 0 until it has been measured.
+DEVIATION = "residual.deviation"
+BRIDGES = ("pyramid", "concatenation")
+INSTRUCTIONS = ("difference", "degraded", "words")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the networks need to know of a model.
+
+    Attributes:
+        anatomy: of the model.
+        sites: after all its blocks.
+        places: of attentions over the instruction.
+    """
+
+    anatomy: Anatomy
+    sites: tuple[Site, ...]
+    places: tuple[via.Attended, ...]
+
+    @classmethod
+    def of(cls, model: "BaseModel", size: str) -> "Plan":
+        """Look at a model.
+
+        Raises:
+            ValueError: for a model whose architecture is not known.
+        """
+        anatomy, sites = anatomy_of(model), every_block(model)
+        return cls(anatomy, sites, via.attended_places(model, sites, size, anatomy.kind == "unet"))
+
+
+class DegradationNetwork(nn.Module):
+    """Bridge and instruction adapter of a model, as the config of their file says."""
+
+    def __init__(self, plan: Plan, config: dict[str, Any], operations: Any, **factory: Any) -> None:
+        super().__init__()
+        tokens, channels = plan.anatomy.kind != "unet", plan.anatomy.latent_channels
+        self.tokens, self.cell = tokens, config["cell"]
+        if config["bridge"] == "pyramid":
+            self.irb = irb.ImageRestorationBridge(plan.sites, config["size"], tokens, config["cell"], channels, operations, **factory)
+        else:
+            self.irb = irb.Concatenation(plan.sites, channels, operations, **factory)
+        told = config["instruction"] != "words"
+        self.via = via.VisualInstructionAdapter(plan.places, config["code_width"], operations, **factory) if told else None
+
+    def features(self, pixels: Tensor, c_lq: Tensor) -> Any:
+        """Return what the bridge works with, of pixels (B, 3, H, W) in -1..1 and their latent."""
+        return self.irb.pyramid(pixels, c_lq) if hasattr(self.irb, "pyramid") else c_lq
+
+
+def new_weights(model: "BaseModel", codes: Weights, form: str, size: str, rank: int, seed: int, **variant: str) -> Weights:
+    """Make an untrained degradation model, which leaves the user's model as it is.
+
+    Args:
+        model: the host's.
+        codes: the tokenizer whose instructions it will understand; checked.
+        form: one of degraded_picture.FORMS.
+        size: one of irb.SIZES.
+        rank: of the LoRA; 0 for none.
+        seed: of the weights that do not start at zero.
+        variant: `bridge` and `instruction`, one of BRIDGES and INSTRUCTIONS, to compare with.
+
+    Raises:
+        ValueError: for a model whose architecture is not known, or that a variant is not made for.
+    """
+    config = {
+        "form": form, "size": size, "rank": rank, "cell": model.latent_format.spacial_downscale_ratio,
+        "bridge": BRIDGES[0], "instruction": INSTRUCTIONS[0], **variant,
+        "codebook": tokenizer.fingerprint(codes), "code_width": tokenizer.SIZES[codes.config["size"]].width, "tokenizer": codes.config,
+    }  # fmt: skip
+    plan = Plan.of(model, size)
+    if config["bridge"] == "concatenation" and plan.anatomy.kind != "unet":
+        raise ValueError("concatenation is there for UNets only.")
+    generator = torch.Generator().manual_seed(seed)
+    network = DegradationNetwork(plan, config, trained_operations)
+    irb.initialise_bridge(network.irb, generator)
+    if network.via is not None:
+        via.initialise_adapter(network.via, plan.places, model, generator)
+    tensors = {NETWORK + name: tensor.detach() for name, tensor in network.state_dict().items()}
+    tensors |= {TOKENIZER + name: tensor for name, tensor in tokenizer.for_use(codes).tensors.items()}
+    tensors[DEVIATION] = torch.zeros(())
+    if rank:
+        lora = DiffusionAdapter(model, rank)
+        lora.initialise(generator)
+        tensors |= {name: tensor.detach() for name, tensor in lora.native().items()}
+    return Weights(KIND, plan.anatomy.family, config, tensors, f"the new degradation model for {plan.anatomy.family}")
+
+
+def check_fit(weights: Weights, model: "BaseModel", node: str) -> Plan:
+    """Check that weights were made for this model, and return what there is to know of it.
+
+    Raises:
+        ValueError: naming the node, the weights and both kinds, both families, or the first tensor that does not fit.
+    """
+    anatomy = check_family(weights, KIND, model, node)
+    config = weights.config
+    choices = {"form": FORMS, "size": irb.SIZES, "bridge": BRIDGES, "instruction": INSTRUCTIONS}
+    numbers = [config.get(name) for name in ("rank", "cell", "code_width")]
+    known = all(config.get(name) in options for name, options in choices.items())
+    codes = config.get("tokenizer")
+    whole = isinstance(codes, dict) and codes.get("size") in tokenizer.SIZES
+    if not known or not whole or not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"{node}: {weights.name} describes itself as {config}, which this pack does not understand. Update the pack, or "
+                         "save the file again.")
+    plan = Plan.of(model, config["size"])
+    check_shapes(weights, expected_tensors(plan, weights, model), anatomy, node)
+    return plan
+
+
+def expected_tensors(plan: Plan, weights: Weights, model: "BaseModel") -> dict[str, Tensor]:
+    """Return empty tensors under the names and with the shapes that such a file has for a model."""
+    config = weights.config
+    with torch.device("meta"):
+        network = DegradationNetwork(plan, config, nn)
+        codes = tokenizer.TokenEncoder(tokenizer.SIZES[config["tokenizer"]["size"]], nn)
+        tensors = {NETWORK + name: tensor for name, tensor in network.state_dict().items()}
+        tensors |= {TOKENIZER + tokenizer.ENCODER + name: tensor for name, tensor in codes.state_dict().items()}
+        tensors[DEVIATION] = torch.zeros(())
+        return tensors | (DiffusionAdapter(model, config["rank"]).native() if config["rank"] else {})
+
+
+def tokenizer_of(weights: Weights) -> Weights:
+    """Return the tokenizer that a degradation model was made with, as far as making tokens needs it."""
+    tensors = {name.removeprefix(TOKENIZER): tensor for name, tensor in weights.tensors.items() if name.startswith(TOKENIZER)}
+    return Weights(tokenizer.KIND, tokenizer.ANY_FAMILY, weights.config["tokenizer"], tensors, weights.name)
+
+
+def network_tensors(weights: Weights) -> dict[str, Tensor]:
+    """Return the part of a file that is the network's."""
+    return {name.removeprefix(NETWORK): tensor for name, tensor in weights.tensors.items() if name.startswith(NETWORK)}
+
+
+def inference_patcher(weights: Weights, plan: Plan) -> "ModelPatcher":
+    """Return the networks of a file as a model that the host loads beside others; made once for each object of weights."""
+
+    def build(**factory: Any) -> DegradationNetwork:
+        return DegradationNetwork(plan, weights.config, **factory)
+
+    return weights.once(f"{KIND} {plan.anatomy.family}", lambda: inference_module(build, network_tensors(weights)))
+
+
+def checked_instruction(weights: Weights, instruction: tokenizer.Instruction, node: str) -> Tensor:
+    """Return the tokens of an instruction that these weights understand.
+
+    Raises:
+        ValueError: for tokens of another tokenizer, or of another shape.
+    """
+    tokenizer.check_codebook(instruction, weights.config["codebook"], node)
+    tokens, width = instruction.tokens, weights.config["code_width"]
+    if tokens.ndim != 3 or tokens.shape[-1] != width or not tokens.numel():
+        raise ValueError(f"{node}: the visual instruction has the shape {'x'.join(map(str, tokens.shape))}, and {weights.name} understands "
+                         f"tokens of width {width}. Encode the charts with the tokenizer that it was trained with.")
+    return tokens
+
+
+def check_cell(cell: int, vae: Any, node: str) -> None:
+    """Check that a VAE has latent cells of the size that weights were made for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    found = vae.spacial_compression_encode()
+    if found != cell:
+        raise ValueError(f"{node}: 'vae' makes one cell of {found} pixels, and these weights know cells of {cell}. Connect the VAE of the "
+                         "model.")
+
+
+class DegradationPatch(ConditionedPatch):
+    """One use of a degradation model on a host model.
+
+    Args:
+        network: its weights, shared by all uses.
+        plan: of the model.
+        condition: the degraded picture and the instruction.
+        start_percent, end_percent: the part of sampling in which it acts.
+    """
+
+    condition: DegradationCondition
+
+    def __init__(self, network: DegradationNetwork, plan: Plan, condition: DegradationCondition, start_percent: float = 0.0,
+                 end_percent: float = 1.0) -> None:
+        super().__init__(condition, 1.0, start_percent, end_percent)
+        self.network, self.plan = network, plan
+
+    def attach(self, patcher: "ModelPatcher") -> None:
+        """Hang it on a clone that is the caller's own."""
+        self.listen(patcher)
+        self.condition.listen(patcher)
+        visit_blocks(patcher, self.plan.anatomy, list(self.plan.sites), self.condition.key, self._visit, skips=True)
+        if self.plan.anatomy.kind == "unet" and self.network.via is not None:
+            patcher.set_model_attn2_patch(self._enter_attention)
+            patcher.set_model_attn2_output_patch(self._leave_attention)
+
+    def _apply_model(self, executor: Any, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: Any, control: Any, transformer_options: dict,
+                     **kwargs: Any) -> Tensor:
+        tokens = kwargs.pop(self.condition.tokens_key, None)
+        if tokens is not None:
+            transformer_options = {**transformer_options, self.condition.tokens_key: tokens}
+        return super()._apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    def opened(self, c_lq: Tensor, mask: Tensor, model_sampling: Any, sigma: Tensor) -> "_Evaluation":
+        """The pyramid runs at the first block, in its precision; once for what conds have in common."""
+        flat = c_lq.movedim(2, 1).flatten(0, 1) if c_lq.ndim == 5 else c_lq
+        return _Evaluation(flat)
+
+    def _visit(self, site: Site, h: Tensor, emb: Tensor, options: dict) -> Tensor:
+        evaluation = options[self.condition.key]
+        if evaluation.features is None:
+            seen = once_each(evaluation.seen, len(options.get("cond_or_uncond", (0,)))).to(h)
+            pixels, c_lq = parted(seen, self.network.cell)
+            evaluation.features = self.network.features(pixels, c_lq)
+            if self.network.via is not None:
+                # Here and not in an attention, which gradient checkpointing may run twice.
+                evaluation.context = self.network.via.embed(options[self.condition.tokens_key].to(h))
+        if not self.network.tokens:
+            return h + self.network.irb(site, h, evaluation.features)
+        own, rest = self._picture(h, evaluation.seen)
+        own = own + self.network.irb(site, own, evaluation.features)
+        if self.network.via is not None:
+            own = own + self.network.via(site.name, own, evaluation.context, options)
+        return own if rest is None else torch.cat([own, rest], 1)
+
+    def _picture(self, h: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Part the tokens of the picture itself from those of reference pictures behind them."""
+        patch = self.plan.sites[0].scale
+        count = -(-seen.shape[-2] // patch) * -(-seen.shape[-1] // patch)
+        return (h, None) if h.shape[1] == count else (h[:, :count], h[:, count:])
+
+    def _enter_attention(self, n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
+        if self.condition.key in extra:
+            extra[self.condition.key].query = n
+        return n, context, value
+
+    def _leave_attention(self, n: Tensor, extra: dict) -> Tensor:
+        evaluation = extra.get(self.condition.key)
+        if evaluation is None:
+            return n
+        return n + self.network.via(via.place_of(extra), evaluation.query, evaluation.context, extra)
+
+
+class _Evaluation:
+    """What one evaluation of the model knows: the degraded picture, and what was made of it and of the instruction."""
+
+    def __init__(self, seen: Tensor) -> None:
+        self.seen = seen
+        self.features: Any = None
+        self.context: Tensor | None = None
+        self.query: Tensor | None = None
+
+
+def once_each(rows: Tensor, chunks: int) -> Tensor:
+    """Return the rows of the first cond alone where all conds of an evaluation show the same."""
+    first, *others = rows.chunk(chunks)
+    return first if all(torch.equal(first, other) for other in others) else rows
+
+
+def parted(seen: Tensor, cell: int) -> tuple[Tensor, Tensor]:
+    """Take pixels (B, 3, H, W) and latent (B, C, h, w) apart again; see DegradationCondition."""
+    count = 3 * cell * cell
+    return nn.functional.pixel_shuffle(seen[:, :count], cell), seen[:, count:]

@@ -1,0 +1,103 @@
+"""Files of detail experts: making new ones for a VAE, checking that they belong to it, and loading them beside it."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .daem import SIZES, DetailExperts, initialise
+from .host import inference_module, trained_operations
+from .vae_sites import VaeAnatomy, signature, vae_anatomy
+from .weights_file import Weights
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
+KIND = "detail_experts"
+DAEM, SIGNATURE = "daem.", "vae.signature"
+# Windows must be whole at every site and even, and tiles must begin where windows do.
+WINDOW_STEP, LARGEST_WINDOW = 64, 256
+# Fine-tunes of a VAE keep the direction of its first layer; VAEs that were trained apart have nothing in common.
+LEAST_LIKENESS = 0.5
+LATENTS = ("mix", "clean", "degraded")
+
+
+def new_weights(vae: "VAE", size: str = "full", window: int = 128, seed: int = 0, latents: str = "mix", perceptual: float = 0.5) -> Weights:
+    """Make untrained experts for a VAE, which leave its pictures as they are.
+
+    Args:
+        vae: the host's.
+        size: one of daem.SIZES.
+        window: side in pixels of the windows that are judged one by one; 0 for the whole picture.
+        seed: of the weights that do not start at zero.
+        latents: what they learn to decode: "clean", "degraded", or a "mix".
+        perceptual: weight of the perceptual distance in training.
+
+    Raises:
+        ValueError: for a VAE that is not known; without the node's name.
+    """
+    anatomy = vae_anatomy(vae)
+    network = DetailExperts(anatomy.sites, size, window, trained_operations)
+    initialise(network, torch.Generator().manual_seed(seed))
+    tensors = {DAEM + name: tensor.detach() for name, tensor in network.state_dict().items()}
+    tensors[SIGNATURE] = signature(vae.first_stage_model)
+    config = {"size": size, "window": window, "latents": latents, "perceptual": perceptual}
+    return Weights(KIND, anatomy.family, config, tensors, f"the new detail experts for {anatomy.family}")
+
+
+def check_fit(weights: Weights, vae: "VAE", node: str) -> VaeAnatomy:
+    """Check that experts were made for this VAE, and return its anatomy.
+
+    Raises:
+        ValueError: naming the node, the weights and what does not fit.
+    """
+    weights.expect(KIND, node)
+    try:
+        anatomy = vae_anatomy(vae)
+    except ValueError as error:
+        raise ValueError(f"{node}: 'vae': {error}") from error
+    if weights.family != anatomy.family:
+        raise ValueError(f"{node}: {weights.name} was made for {weights.family}, and 'vae' is {anatomy.family}. "
+                         "Load the VAE it was trained on, or train experts for this one.")
+    size, window = weights.config.get("size"), weights.config.get("window")
+    if size not in SIZES or not isinstance(window, int) or window % WINDOW_STEP or not 0 <= window <= LARGEST_WINDOW:
+        raise ValueError(f"{node}: {weights.name} describes itself as {weights.config}, and a size ({', '.join(SIZES)}) and a "
+                         f"window of 0 to {LARGEST_WINDOW} in steps of {WINDOW_STEP} were expected. "
+                         "Update the pack, or save the file again.")
+    own = signature(vae.first_stage_model)
+    wanted = {name: tensor.shape for name, tensor in _expected(anatomy, size, window).items()} | {SIGNATURE: own.shape}
+    found = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(f"{node}: {weights.name} does not fit 'vae' ({anatomy.family}): {wrong[0]} is "
+                         f"{_shape(found.get(wrong[0]))}, expected {_shape(wanted.get(wrong[0]))}. "
+                         "The file is incomplete or was made for another VAE of that layout.")
+    if not float(F.cosine_similarity(weights.tensors[SIGNATURE].float().cpu(), own, 0)) >= LEAST_LIKENESS:
+        raise ValueError(f"{node}: {weights.name} was made for another VAE of the same layout ({anatomy.family}), such as "
+                         "that of SD1.5 instead of SDXL. Load the VAE it was trained on, or train experts for this one.")
+    return anatomy
+
+
+def inference_patcher(weights: Weights, anatomy: VaeAnatomy) -> "ModelPatcher":
+    """Return the experts of a file as a model that the host loads beside others; made once for each object of weights."""
+
+    def build(**factory: Any) -> DetailExperts:
+        return DetailExperts(anatomy.sites, weights.config["size"], weights.config["window"], **factory)
+
+    return weights.once(KIND, lambda: inference_module(build, network_tensors(weights.tensors)))
+
+
+def network_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors by the names they have in DetailExperts."""
+    return {name.removeprefix(DAEM): tensor for name, tensor in tensors.items() if name.startswith(DAEM)}
+
+
+def _expected(anatomy: VaeAnatomy, size: str, window: int) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return {DAEM + name: tensor for name, tensor in DetailExperts(anatomy.sites, size, window, nn).state_dict().items()}
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else "x".join(str(side) for side in shape) or "a number"

@@ -1,0 +1,238 @@
+"""Diffusion in the degradation space (Defusion, arXiv 2506.16960): the model predicts damage, and it is taken from the picture."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..model_patches import degradation_tokenizer as tokenizer
+from ..model_patches.adapter_patch import lora_of
+from ..model_patches.degradation_condition import DegradationCondition
+from ..model_patches.degradation_model import (
+    DEVIATION,
+    DegradationPatch,
+    check_cell,
+    check_fit,
+    checked_instruction,
+    inference_patcher,
+    new_weights,
+)
+from ..model_patches.degraded_picture import ATTACHMENT, Degradation, DegradedPicture
+from ..model_patches.framing import check_finite, rgb_pictures
+from ..model_patches.host import WrappersMP, free_key, load_with, with_lora
+from ..model_patches.irb import SIZES
+from ..model_patches.weights_file import Weights
+from ..samplers.degradation_space import NODE as SAMPLER
+from ..samplers.degradation_space import DegradationSpaceSampler, degradation_of, demand_degradation_space
+from .visual_instruction import MendInstruction
+from .weights import WeightsSocket
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
+NEW, APPLY, REMOVE = "New Degradation Model", "Apply Degradation Diffusion", "Remove Degradation"
+FORMS = ("latent", "pixel")
+
+
+class NewDegradationModel(io.ComfyNode):
+    """Declares New Degradation Model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
+        return io.Schema(
+            node_id="MendNewDegradationModel",
+            display_name=NEW,
+            category="restoration/instruction",
+            description="Make an untrained degradation model for your model: networks that look at the damaged picture and at a visual "
+            "instruction, and a LoRA that turns the model from painting pictures to painting damage. Connect it to Train.",
+            search_aliases=["defusion", "degradation diffusion", "train restoration", "visual instruction", "all in one restoration"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model it is for: SD1.5, SD2, SDXL, SD3, FLUX.1 or WAN. It will fit no other family."),
+                WeightsSocket.Input(
+                    "tokenizer", tooltip="A trained degradation tokenizer, from Load Mend Weights or Train. It becomes part of the file."
+                ),
+                io.Combo.Input(
+                    "form", options=list(FORMS), default="latent",
+                    tooltip="latent: for noise, rain, JPEG and blur. pixel: for smooth damage (haze, low light, fading); keeps all else of "
+                    "the picture. If your VAE is weak, as the lab's is, try pixel for blur and JPEG too.",
+                ),
+                io.Combo.Input(
+                    "size", options=list(SIZES), default="full",
+                    tooltip="full: as wide as the model. small: half as wide, for small models or little memory.",
+                ),
+                io.Int.Input("lora_rank", default=32, min=0, max=512, tooltip="Rank of the LoRA on self-attention. 0 leaves it out."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Fixes the numbers it starts from. A fresh one changes nothing, whatever the seed.",
+                ),
+            ],
+            outputs=[WeightsSocket.Output(display_name="weights", tooltip="The untrained degradation model, for Train.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: "ModelPatcher", tokenizer: Weights, form: str, size: str, lora_rank: int, seed: int) -> io.NodeOutput:
+        """Return fresh weights."""
+        return io.NodeOutput(_fresh(model, tokenizer, form, size, lora_rank, seed))
+
+
+class ApplyDegradationDiffusion(io.ComfyNode):
+    """Declares Apply Degradation Diffusion."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
+        return io.Schema(
+            node_id="MendApplyDegradationDiffusion",
+            display_name=APPLY,
+            category="restoration/instruction",
+            description="Have your model find the damage that a visual instruction shows in a picture. Sample it through Degradation Space "
+            "Sampler, and finish with Remove Degradation. Where the instruction does not match, it is trained to change nothing.",
+            search_aliases=[
+                "defusion", "degradation diffusion", "restore photo", "denoise", "dehaze", "deblur", "derain", "all in one restoration",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the weights were trained on, or another fine-tune of the same family."),
+                WeightsSocket.Input("weights", tooltip="A degradation model, from Load Mend Weights or Train."),
+                MendInstruction.Input(
+                    "instruction", tooltip="What the damage looks like: from Encode, Blend or Estimate Visual Instruction."
+                ),
+                io.Image.Input("degraded", tooltip="The damaged picture, of any size: one for all latents of a batch, or one each."),
+                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=2.0, step=0.01,
+                    tooltip="How much of the damage that is found is removed. 0 removes nothing; above 1 takes away more than was found.",
+                ),
+                io.Float.Input(
+                    "instruction_cfg", default=1.0, min=0.0, max=10.0, step=0.1,
+                    tooltip="Above 1 the instruction is exaggerated, for damage that is only half found. 1 is off; anything else takes "
+                    "twice the time.",
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="White where damage is removed. Black parts keep the picture as it is, to the bit."
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="When in sampling it begins to act."
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="When in sampling it stops acting."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="For the guider or SamplerCustom that has Degradation Space Sampler, and Remove "
+                    "Degradation."
+                )
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: "ModelPatcher", weights: Weights, instruction: tokenizer.Instruction, degraded: Tensor, vae: "VAE", strength: float,
+        instruction_cfg: float, mask: Tensor | None = None, start_percent: float = 0.0, end_percent: float = 1.0,
+    ) -> io.NodeOutput:  # fmt: skip
+        """Return the patched model."""
+        plan = check_fit(weights, model.model, APPLY)
+        if model.get_attachment(ATTACHMENT) is not None:
+            raise ValueError(f"{APPLY}: 'model' already comes from {APPLY}, and a model can look for the damage of one picture only. For "
+                             "two kinds of damage, combine their instructions with Blend Visual Instructions.")
+        check_cell(weights.config["cell"], vae, APPLY)
+        tokens = checked_instruction(weights, instruction, APPLY)
+        picture = DegradedPicture(rgb_pictures(degraded, APPLY, "degraded"), vae, APPLY)
+        patched, network = model.clone(), inference_patcher(weights, plan)
+        condition = DegradationCondition(free_key(patched, "mend_degradation"), picture, tokens, instruction_cfg, APPLY)
+        DegradationPatch(network.model, plan, condition, start_percent, end_percent).attach(patched)
+        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, f"{condition.key}_space", demand_degradation_space)
+        load_with(patched, condition.key, [network])
+        lora = lora_of(weights)
+        patched = with_lora(patched, lora, 1.0) if lora else patched
+        deviation = float(weights.tensors[DEVIATION])
+        patched.set_attachments(ATTACHMENT, Degradation(picture, weights.config["form"], deviation, strength, _usable(mask, picture)))
+        return io.NodeOutput(patched)
+
+
+class DegradationSpace(io.ComfyNode):
+    """Declares Degradation Space Sampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
+        return io.Schema(
+            node_id="MendDegradationSpaceSampler",
+            display_name=SAMPLER,
+            category="restoration/instruction",
+            description="Lets any sampler run on damage instead of pictures, for a model from Apply Degradation Diffusion. What you see "
+            "while it runs, and what comes out, is the restored picture.",
+            search_aliases=["defusion", "degradation space", "residual sampler", "average samples"],
+            inputs=[
+                io.Sampler.Input("sampler", tooltip="The sampler to run, such as euler from KSamplerSelect."),
+                io.Int.Input(
+                    "samples", default=1, min=1, max=16,
+                    tooltip="How many samples of the damage are averaged: 2 to 4 are truer to the picture and smoother, and take as many "
+                    "times longer.",
+                ),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, sampler: comfy.samplers.Sampler, samples: int) -> io.NodeOutput:
+        """Return the sampler."""
+        return io.NodeOutput(DegradationSpaceSampler(sampler, samples))
+
+
+class RemoveDegradation(io.ComfyNode):
+    """Declares Remove Degradation."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
+        return io.Schema(
+            node_id="MendRemoveDegradation",
+            display_name=REMOVE,
+            category="restoration/instruction",
+            description="Take the damage that was sampled away from the damaged picture. Use it in place of VAE Decode after Degradation "
+            "Space Sampler: it returns the size you put in and, in the pixel form, leaves alone what did not change.",
+            search_aliases=["defusion", "subtract residual", "decode degradation", "vae decode"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model from Apply Degradation Diffusion; it knows the damaged picture, the VAE, the form and the "
+                    "mask."
+                ),
+                io.Latent.Input("samples", tooltip="What was sampled with that model."),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The restored picture, as large as the damaged one.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: "ModelPatcher", samples: dict[str, Any]) -> io.NodeOutput:
+        """Return the restored pictures."""
+        degradation, latent = degradation_of(model, REMOVE), samples["samples"]
+        if getattr(latent, "is_nested", False):
+            raise ValueError(f"{REMOVE}: 'samples' holds several things at once (such as picture and sound). Connect what was sampled with "
+                             "'model'.")
+        return io.NodeOutput(degradation.removed(model, latent))
+
+
+def _fresh(model: "ModelPatcher", codes: Weights, form: str, size: str, rank: int, seed: int) -> Weights:
+    tokenizer.check_fit(codes, NEW)
+    try:
+        return new_weights(model.model, codes, form, size, rank, seed)
+    except ValueError as error:
+        raise ValueError(f"{NEW}: 'model': {error}") from error
+
+
+def _usable(mask: Tensor | None, picture: DegradedPicture) -> Tensor | None:
+    if mask is None:
+        return None
+    if not mask.numel():
+        raise ValueError(f"{APPLY}: mask holds no pixels (its shape is {tuple(mask.shape)}). Connect a node that gives at least one mask.")
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    check_finite(mask, APPLY, "mask")
+    return mask
+
+
+NODES = [NewDegradationModel, ApplyDegradationDiffusion, DegradationSpace, RemoveDegradation]

@@ -1,0 +1,159 @@
+"""Degradation-aware feature fusion (UniLDiff, arXiv 2507.23685): make one for a model, and apply it."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from comfy_api.latest import io
+
+from ..model_patches.adapter_patch import lora_of
+from ..model_patches.daff import PRESETS
+from ..model_patches.encoder_features import feature_channels
+from ..model_patches.framing import rgb_pictures
+from ..model_patches.fusion_patch import FusionPatch, check_fit, grown, inference_patcher, new_fusion
+from ..model_patches.host import free_key, load_with, with_lora
+from ..model_patches.lq_condition import FeatureCondition
+from ..model_patches.lq_encoder import check_vae, lq_features
+from ..model_patches.weights_file import Weights
+from .weights import WeightsSocket
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
+NEW, APPLY = "New Fusion", "Apply Degradation-Aware Fusion"
+
+
+class NewFusion(io.ComfyNode):
+    """Declares New Fusion."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
+        return io.Schema(
+            node_id="MendNewFusion",
+            display_name=NEW,
+            category="restoration/fusion",
+            description="Make an untrained degradation-aware fusion for your model: one small network at its entrance that will learn to "
+            "read the damaged picture, whatever the damage is. Connect it to Train.",
+            search_aliases=["unildiff", "daff", "feature fusion", "all in one restoration", "train restoration", "degradation aware"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model it is for: SD1.5, SD2, SDXL, SD3, FLUX.1 or WAN. It will fit no other family."),
+                io.Vae.Input("vae", tooltip="The model's VAE. Its encoder is what looks at the damaged picture."),
+                io.Combo.Input(
+                    "preset", options=list(reversed(PRESETS)), default="lite",
+                    tooltip="lite: a small part of the model's own work, for training at home. published: as in the paper, two thirds of "
+                    "SDXL's work.",
+                ),
+                io.Int.Input(
+                    "lora_rank", default=0, min=0, max=512,
+                    tooltip="Rank of a LoRA on self-attention that is trained along. 0: the model stays as it is, the paper's first stage.",
+                ),
+                io.Boolean.Input(
+                    "train_encoder", default=False,
+                    tooltip="Train a copy of the VAE's encoder along, at a tenth of the rate: the paper's second stage. Makes the file "
+                    "larger.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Fixes the numbers it starts from. A fresh fusion changes nothing, whatever the seed.",
+                ),
+                WeightsSocket.Input(
+                    "weights", optional=True,
+                    tooltip="A fusion from the first stage. It keeps what it has learned, its preset too, and gets the LoRA and the "
+                    "encoder.",
+                ),
+            ],
+            outputs=[WeightsSocket.Output(display_name="weights", tooltip="The fusion, for Train.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: "ModelPatcher", vae: "VAE", preset: str, lora_rank: int, train_encoder: bool, seed: int, weights: Weights | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        """Return fresh weights, or given ones with more to train."""
+        if weights is not None:
+            check_fit(weights, model.model, NEW)
+            name = weights.name
+        try:
+            features = feature_channels(vae)
+        except ValueError as error:
+            raise ValueError(f"{NEW}: 'vae': {error}") from error
+        if weights is None:
+            try:
+                weights = new_fusion(model.model, features, preset, seed)
+            except ValueError as error:
+                raise ValueError(f"{NEW}: 'model': {error}") from error
+            name = weights.name
+        try:
+            return io.NodeOutput(grown(weights, model.model, vae, lora_rank, train_encoder, seed))
+        except ValueError as error:
+            raise ValueError(f"{NEW}: {name} {error}") from error
+
+
+class ApplyFusion(io.ComfyNode):
+    """Declares Apply Degradation-Aware Fusion."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
+        return io.Schema(
+            node_id="MendApplyDegradationAwareFusion",
+            display_name=APPLY,
+            category="restoration/fusion",
+            description="Let a trained fusion show the damaged picture to your model while it samples. One fusion can have learned many "
+            "kinds of damage and their mixtures: it reads from the picture which one it has.",
+            search_aliases=[
+                "unildiff", "daff", "all in one restoration", "restore photo", "denoise", "dehaze", "derain", "deblur", "low light",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the fusion was trained on, or another fine-tune of the same family."),
+                WeightsSocket.Input("weights", tooltip="The fusion, from Load Mend Weights or Train."),
+                io.Image.Input("degraded", tooltip="The damaged picture, or frames of a video: one for all latents, or one each."),
+                io.Vae.Input("vae", tooltip="The VAE the fusion was trained with, usually the model's own."),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=2.0, step=0.01,
+                    tooltip="How much the model listens to the fusion. 0 is the model itself, without the LoRA too.",
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="White where the fusion acts; black parts are left to the model."),
+                io.Float.Input(
+                    "lora_strength", default=1.0, min=-2.0, max=2.0, step=0.01, advanced=True,
+                    tooltip="Strength of the LoRA, if one was trained along.",
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                    tooltip="When in sampling it begins to act.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                    tooltip="When in sampling it stops acting.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with the fusion, for any sampler.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: "ModelPatcher", weights: Weights, degraded: Tensor, vae: "VAE", strength: float, mask: Tensor | None = None,
+        lora_strength: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0,
+    ) -> io.NodeOutput:  # fmt: skip
+        """Return the patched model."""
+        anatomy = check_fit(weights, model.model, APPLY)
+        patched = model.clone()
+        if strength == 0:
+            return io.NodeOutput(patched)
+        pictures = rgb_pictures(degraded, APPLY, "degraded")
+        try:
+            check_vae(vae, weights.config["features"])
+            features = lq_features(vae, pictures, weights.tensors)
+        except ValueError as error:
+            raise ValueError(f"{APPLY}: 'vae': {weights.name} {error}") from error
+        network = inference_patcher(weights, anatomy)
+        condition = FeatureCondition(free_key(patched, "mend_fusion"), features, mask, APPLY, network.model.embed)
+        FusionPatch(network.model, anatomy, condition, strength, start_percent, end_percent).attach(patched)
+        load_with(patched, condition.key, [network])
+        lora = lora_of(weights)
+        return io.NodeOutput(with_lora(patched, lora, lora_strength) if lora and lora_strength else patched)
+
+
+NODES = [NewFusion, ApplyFusion]

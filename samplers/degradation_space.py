@@ -1,0 +1,101 @@
+"""Sampling in the degradation space (Defusion, arXiv 2506.16960): the damage is sampled, and what comes out is the picture without it."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import comfy.samplers
+
+from ..model_patches.degraded_picture import ATTACHMENT, Degradation, Space
+from ..model_patches.host import interrupt_point
+from .recurrence import of_round, round_noise
+
+NODE = "Degradation Space Sampler"
+# (a sampler, what picture latents are where it samples) -> the sampler to use in its place.
+Around = Callable[[comfy.samplers.Sampler, Callable[[Tensor], Tensor]], comfy.samplers.Sampler]
+
+
+class DegradationSpaceSampler(comfy.samplers.Sampler):
+    """Runs another sampler on the degradation of the picture that Apply Degradation Diffusion has given to the model.
+
+    From full noise the damage is sampled from noise alone, whatever the latent holds; from less noise, what the latent has less of than the
+    degraded picture counts as found already. Both see latents of pictures only.
+
+    Args:
+        inner: any host sampler.
+        samples: how many samples of the damage are averaged.
+    """
+
+    def __init__(self, inner: comfy.samplers.Sampler, samples: int = 1) -> None:
+        self.inner, self.samples = inner, samples
+        self.around: Around | None = None
+
+    def guided(self, around: Around) -> "DegradationSpaceSampler":
+        """Return a copy whose inner sampler is guided by somebody who knows pictures only; later guidance goes inside of earlier."""
+        made, earlier = copy.copy(self), self.around
+        made.around = around if earlier is None else lambda inner, place: earlier(around(inner, place), place)
+        return made
+
+    @torch.no_grad()
+    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor,
+               latent_image: Tensor | None = None, denoise_mask: Tensor | None = None, disable_pbar: bool = False) -> Tensor:
+        """Sample as the host's Sampler.sample does; the callback is shown restored pictures and counts steps across all samples.
+
+        Raises:
+            ValueError: when the model knows no degraded picture.
+        """
+        space = degradation_of(model_wrap.model_patcher).space(model_wrap.inner_model, noise)
+        inner = self.inner if self.around is None else self.around(self.inner, space.residual)
+        start = torch.zeros_like(noise)
+        if latent_image is not None and not self.max_denoise(model_wrap, sigmas):
+            start = space.residual(latent_image.to(noise))
+        found = torch.zeros_like(noise)
+        for index in range(self.samples):
+            interrupt_point()
+            shown = _showing(callback, space, index, self.samples)
+            own, args = noise, extra_args
+            if index:
+                own, args = round_noise(noise, extra_args.get("seed") or 0, index - 1), of_round(extra_args, sigmas, index - 1)
+            found = found + inner.sample(model_wrap, sigmas, args, shown, own, start.clone(), denoise_mask, disable_pbar)
+        return space.picture(found / self.samples)
+
+
+def degradation_of(patcher: Any, node: str = NODE) -> Degradation:
+    """Return what a MODEL knows of the degradation.
+
+    Raises:
+        ValueError: when that is nothing.
+    """
+    degradation = patcher.get_attachment(ATTACHMENT)
+    if degradation is None:
+        raise ValueError(f"{node}: 'model' knows no degraded picture. Connect the model from Apply Degradation Diffusion.")
+    return degradation
+
+
+def samples_degradation(sampler: Any) -> bool:
+    """Tell whether a sampler is one of these, or runs one."""
+    if isinstance(sampler, DegradationSpaceSampler):
+        return True
+    return any(samples_degradation(part) for part in vars(sampler).values() if isinstance(part, comfy.samplers.Sampler))
+
+
+def demand_degradation_space(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """SAMPLER_SAMPLE wrapper: a model that predicts damage gives garbage to a sampler that takes it for a picture.
+
+    Raises:
+        ValueError: when that would happen.
+    """
+    if not samples_degradation(executor.class_obj):
+        raise ValueError("Apply Degradation Diffusion: this model predicts damage, and the sampler takes it for a picture. Put Degradation "
+                         "Space Sampler behind the sampler, and sample with SamplerCustom or SamplerCustomAdvanced.")
+    return executor(*args, **kwargs)
+
+
+def _showing(callback: Callable | None, space: Space, index: int, samples: int) -> Callable | None:
+    """A callback for one of several samples; how many steps one takes the inner sampler says, which may do more than one walk."""
+    if callback is None:
+        return None
+    return lambda step, x0, x, total: callback(step + index * total, space.picture(x0), x, total * samples)

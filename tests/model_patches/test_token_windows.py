@@ -1,0 +1,71 @@
+"""Windows of tokens: together they are the whole, and nothing shows where they meet."""
+
+import pytest
+import torch
+
+from mend.model_patches.daff import DAFF, WINDOW, Layout, initialise
+from mend.model_patches.host import trained_operations
+from mend.model_patches.token_windows import in_windows
+
+
+def maps(height, width, channels=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, channels, height, width, generator=generator) for _ in range(2)]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (30, 5), (5, 40), (33, 17), (16, 16)], ids=str)
+def test_what_is_done_place_by_place_is_done_whole(size):
+    a, b = maps(*size)
+    torch.testing.assert_close(in_windows(lambda a, b: a * b + a, a, b, 8), a * b + a)
+
+
+def test_few_tokens_are_one_window():
+    seen = []
+    in_windows(lambda a, b: (seen.append(a.shape), a)[1], *maps(4, 16), 8)
+    assert seen == [(2, 3, 4, 16)]
+
+
+def test_windows_are_of_one_size_and_overlap_by_half():
+    seen, (a, _) = [], maps(20, 11)
+    places = torch.arange(220.0).reshape(1, 1, 20, 11).expand(2, -1, -1, -1)
+    in_windows(lambda a, b: (seen.append(b[0, 0]), a)[1], a, places, 8)
+    assert {tuple(window.shape) for window in seen} == {(8, 8)}
+    rows, columns = (sorted({int(window[0, 0]) // 11 for window in seen}), sorted({int(window[0, 0]) % 11 for window in seen}))
+    assert rows == [0, 4, 8, 12] and columns == [0, 3]
+
+
+def daff():
+    network = DAFF(Layout(channels=8, features=8, embedding=8, width=64, patch=1, tokens=False), trained_operations)
+    initialise(network, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for layer in (network.zero, network.embedding.zero):
+            layer.weight.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
+    return network
+
+
+@torch.no_grad()
+def test_an_even_picture_is_the_same_in_windows(monkeypatch):
+    network, time = daff(), torch.tensor([500.0])
+    x, e = torch.full((1, 8, 24, 20), 0.3), torch.full((1, 8, 24, 20), -0.2)
+    whole = network(x, e, time, {})
+    monkeypatch.setattr("mend.model_patches.daff.WINDOW", 8)
+    torch.testing.assert_close(network(x, e, time, {}), whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_seam_shows(monkeypatch):
+    network, time = daff(), torch.tensor([500.0])
+    across = torch.sin(torch.arange(48) / 8 + torch.arange(8.0)[:, None, None]).expand(1, 8, 48, 48).contiguous()
+    whole = network(across, across.transpose(2, 3), time, {})
+    monkeypatch.setattr("mend.model_patches.daff.WINDOW", 16)
+    tiled = network(across, across.transpose(2, 3), time, {})
+    assert not torch.equal(tiled, whole), "windows see less"
+    steps = (tiled[..., 1:] - tiled[..., :-1]).abs().amax((0, 1, 2))
+    # Windows begin at multiples of 8; a seam would be a step there that is larger than those around it.
+    seams, elsewhere = steps[7::8], torch.cat([steps[i::8] for i in range(7)])
+    assert seams.max() <= 1.2 * elsewhere.max()
+
+
+def test_windows_of_pictures_are_large():
+    # 512 pixels at a token for every latent cell, as published.
+    assert WINDOW * 8 == 512

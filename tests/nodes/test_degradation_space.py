@@ -1,0 +1,156 @@
+"""MendNewDegradationModel, MendApplyDegradationDiffusion, MendDegradationSpaceSampler and MendRemoveDegradation through the host's executor."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from comfy.nested_tensor import NestedTensor
+from mend.nodes import degradation_space, frame, visual_instruction, weights
+from mend.tests import tiny_models
+from mend.tests.model_patches.degradation_models import codes, fresh, instruction, trained
+from mend.tests.nodes.restorations import node as other_node
+from mend.tests.nodes.restorations import picture
+from mend.tests.nodes.test_zero_shot import failure
+
+MODULES = (degradation_space, visual_instruction, weights, frame)
+CLASSES = {node.define_schema().node_id: node for module in MODULES for node in module.NODES}
+STEPS = 2
+
+
+def node(kind, /, **inputs):
+    """A node of a prompt; widgets that are not given have the defaults of the schema, and inputs of None are left out."""
+    schema = CLASSES[kind].define_schema() if kind in CLASSES else None
+    defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None} if schema else {}
+    return other_node(kind, **{name: value for name, value in {**defaults, **inputs}.items() if value is not None})
+
+
+def restoration(family="sd15", weights=("weights", 0), batch=1, told=("instruction", 0), encoded=True, new=None, sampler=None, sample=None, **apply):
+    """Restore the given picture as an artist would wire it: `values` of the result are image, latent and model."""
+    settings = dict(model=["tiny", 0], weights=list(weights), instruction=list(told), degraded=["picture", 0], vae=["tiny", 3])
+    return {
+        "tiny": node("TestTinyModel", family=family, batch=batch),
+        "picture": node("TestGiven", name="picture"),
+        "weights": node("TestGiven", name="weights"),
+        "codes": node("TestGiven", name="codes"),
+        "instruction": node("TestGiven", name="instruction"),
+        "new": node("MendNewDegradationModel", model=["tiny", 0], tokenizer=["codes", 0], lora_rank=4, size="small", **(new or {})),
+        "apply": node("MendApplyDegradationDiffusion", **{**settings, **apply}),
+        "euler": node("KSamplerSelect", sampler_name="euler"),
+        "space": node("MendDegradationSpaceSampler", sampler=["euler", 0], **(sampler or {})),
+        "sigmas": node("BasicScheduler", model=["tiny", 0], scheduler="simple", steps=STEPS, denoise=1.0),
+        "encode": node("VAEEncode", pixels=["picture", 0], vae=["tiny", 3]),
+        "sample": node("SamplerCustom", **{
+            "model": ["apply", 0], "add_noise": True, "noise_seed": 1, "cfg": 1.0, "positive": ["tiny", 1], "negative": ["tiny", 2],
+            "sampler": ["space", 0], "sigmas": ["sigmas", 0], "latent_image": ["encode" if encoded else "tiny", 0 if encoded else 4], **(sample or {})}),
+        "remove": node("MendRemoveDegradation", model=["apply", 0], samples=["sample", 0]),
+        "image": node("TestCapture", value=["remove", 0]),
+        "latent": node("TestCapture", value=["sample", 0]),
+        "model": node("TestCapture", value=["apply", 0]),
+    }  # fmt: skip
+
+
+def given(weights=None, shown=None, **changes):
+    shown = picture(1, 64, 64, 3) if shown is None else shown
+    return {"picture": shown, "weights": weights or trained("sd15"), "codes": codes(), "instruction": instruction(), **changes}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
+def test_an_untrained_one_returns_the_picture_in_the_pixel_form(run_prompt, family):
+    result = run_prompt(restoration(family, ("new", 0), new={"form": "pixel"}), given=given())
+    assert torch.equal(result.values["image"], picture(1, 64, 64, 3))
+
+
+@pytest.mark.parametrize("form", ["latent", "pixel"])
+@pytest.mark.parametrize("size", [(64, 64), (51, 74)])
+def test_the_result_has_the_size_of_the_picture(run_prompt, form, size):
+    values = given(trained("sd15", form), picture(2, *size, 3))
+    image = run_prompt(restoration(batch=2), given=values).values["image"]
+    assert image.shape == (2, *size, 3) and 0 <= image.min() and image.max() <= 1 and image.isfinite().all()
+    assert not torch.equal(image, values["picture"])
+
+
+def test_an_empty_latent_serves_as_well(run_prompt):
+    values = given()
+    one, other = (run_prompt(restoration(encoded=encoded), given=values).values["image"] for encoded in (True, False))
+    assert torch.equal(one, other)
+
+
+def test_every_setting_acts_and_seeds_reproduce(run_prompt):
+    values, mask = given(), torch.zeros(1, 64, 64)
+    mask[:, :32] = 1
+    changes = ({}, {"strength": 0.5}, {"instruction_cfg": 2.0}, {"end_percent": 0.4}, {"sampler": {"samples": 2}}, {"mask": ["mask", 0]})
+    images = []
+    for change in changes:
+        prompt = {**restoration(**change), "mask": node("TestGiven", name="mask")}
+        images.append(run_prompt(prompt, given={**values, "mask": mask}).values["image"])
+        assert not any(torch.equal(images[-1], other) for other in images[:-1])
+    assert torch.equal(images[-1][:, 40:], values["picture"][:, 40:])
+    assert torch.equal(images[0], run_prompt(restoration(), given=values).values["image"])
+    assert torch.equal(run_prompt(restoration(strength=0.0, weights=("new", 0), new={"form": "pixel"}), given=values).values["image"], values["picture"])
+
+
+def test_from_chart_to_picture(run_prompt):
+    prompt = restoration(told=("encoded", 0)) | {
+        "ground": node("MendVisualGround", seed=1, size=64),
+        "damage": node("TestGiven", name="chart"),
+        "encoded": node("MendEncodeVisualInstruction", weights=["codes", 0], degraded=["damage", 0], clean=["ground", 0]),
+    }
+    clean = visual_instruction.VisualGround.execute(1, 64).args[0]
+    images = [run_prompt(prompt, given=given(chart=chart)).values["image"] for chart in (clean, clean * 0.3)]
+    assert not torch.equal(*images)
+    nothing = dataclasses.replace(instruction(64), tokens=torch.zeros(1, 64, 64))
+    assert images[0].shape == (1, 64, 64, 3) and nothing.tokens.shape[-1] == 64
+
+
+def test_a_model_brings_the_tokenizer_for_its_instructions(run_prompt):
+    prompt = {"ground": node("MendVisualGround", seed=1, size=64), "damage": node("TestGiven", name="picture")}
+    for name in ("weights", "codes"):
+        prompt |= {name: node("TestGiven", name=name), f"by {name}": node("TestCapture", value=[f"encoded {name}", 0]),
+                   f"encoded {name}": node("MendEncodeVisualInstruction", weights=[name, 0], degraded=["damage", 0], clean=["ground", 0])}
+    values = run_prompt(prompt, given=given()).values
+    one, other = values["by weights"], values["by codes"]
+    assert torch.equal(one.tokens, other.tokens) and one.tokens.any() and one.codebook == other.codebook
+
+
+def test_the_model_that_went_in_is_not_changed(run_prompt):
+    run_prompt(restoration(), given=given())
+    prompt = {"tiny": node("TestTinyModel", family="sd15"), "model": node("TestCapture", value=["tiny", 0])}
+    assert run_prompt(prompt).values["model"].get_attachment("mend_degradation") is None
+
+
+@pytest.mark.parametrize(("changes", "values", "message"), [
+    ({"weights": ("codes", 0)}, {}, "is of the kind degradation tokenizer"),
+    ({}, {"weights": fresh("sd3")}, "was made for SD3 of depth 2, and 'model' is UNet 32"),
+    ({}, {"instruction": dataclasses.replace(instruction(), codebook="ffff")}, "made with another tokenizer"),
+    ({}, {"instruction": instruction(batch=2)}, "'instruction' is for 2 pictures"),
+    ({"sample": {"sampler": ["euler", 0]}}, {}, "Put Degradation Space Sampler"),
+    ({"sample": {"model": ["tiny", 0]}}, {}, "Degradation Space Sampler: 'model' knows no degraded picture"),
+    ({"model": ["again", 0]}, {}, "already comes from Apply Degradation Diffusion"),
+    ({}, {"shown": torch.full((1, 64, 64, 3), torch.nan)}, "NaN or infinite"),
+    ({"mask": ["mask", 0]}, {}, "mask holds no pixels"),
+    ({}, {"shown": picture(1, 64, 96, 3)}, "belongs to a picture of"),
+])  # fmt: skip
+def test_what_does_not_fit_is_said(run_prompt, changes, values, message):
+    prompt = restoration(**changes, encoded="shown" not in values)
+    prompt["again"] = {**prompt["apply"], "inputs": {**prompt["apply"]["inputs"], "model": ["tiny", 0]}}
+    prompt["mask"] = node("TestGiven", name="mask")
+    assert message in failure(run_prompt, prompt, given={**given(mask=torch.zeros(0, 8, 8)), **given(**values), "mask": torch.zeros(0, 8, 8)})
+
+
+def test_removing_what_was_not_found_is_refused(run_prompt):
+    prompt = restoration()
+    prompt["remove"]["inputs"]["model"] = ["tiny", 0]
+    assert "Remove Degradation: 'model' knows no degraded picture" in failure(run_prompt, prompt, given=given())
+    prompt = restoration()
+    prompt["remove"]["inputs"]["samples"] = ["nested", 0]
+    prompt["nested"] = node("TestGiven", name="nested")
+    nested = {"samples": NestedTensor([torch.zeros(1, 4, 8, 8)] * 2)}
+    assert "holds several things at once" in failure(run_prompt, prompt, given=given(nested=nested))
+
+
+def test_a_new_one_wants_a_tokenizer(run_prompt):
+    prompt = restoration(weights=("new", 0))
+    prompt["new"]["inputs"]["tokenizer"] = ["weights", 0]
+    assert "New Degradation Model" in failure(run_prompt, prompt, given=given())
+    assert tiny_models.FAMILIES

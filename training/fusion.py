@@ -1,0 +1,130 @@
+"""Training of degradation-aware feature fusion (UniLDiff, arXiv 2507.23685): stage 1a is the fusion alone, 1b adds LoRA and the LQ encoder.
+
+What is trained is what the weights hold: without LoRA (rank 0) and encoder it is stage 1a. The paper trains the whole denoiser in 1b; LoRA
+stands for it. Several degradations in the data are drawn with equal chance, as the paper draws its tasks.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model_patches.anatomy import anatomy_of
+from ..model_patches.daff import PRESETS
+from ..model_patches.diffusion_adapter import DiffusionAdapter, lora_tensors
+from ..model_patches.encoder_features import feature_channels
+from ..model_patches.fusion_patch import FUSION, FusionPatch, check_fit, grown, network_of, new_fusion
+from ..model_patches.host import for_training, trained_operations
+from ..model_patches.lq_condition import FeatureCondition, LatentCondition
+from ..model_patches.lq_encoder import LQEncoder, check_vae, frozen_features
+from ..model_patches.robust_encoder import ENCODER
+from ..model_patches.weights_file import Weights, load_weights
+from .restoration_adapter import NODE, RestorationAdapterTrainee
+from .trainee import Batch, Models
+
+TEXT_DROP = 0.2
+# Learning rate of the LQ encoder beside that of the rest.
+ENCODER_RATE = 0.1
+NEW = {"preset": "lite", "rank": 0, "seed": 0, "train_encoder": False, "single": True, "start": ""}
+
+
+def fresh_fusion(models: Models, config: Mapping[str, Any]) -> Weights:
+    """Make fresh weights from {"preset", "rank", "seed", "train_encoder", "single", "start"}, of which all may be left out.
+
+    "start" is the path of a file from stage 1a; what it has learned is kept, and preset and single are its own.
+
+    Raises:
+        ValueError: for other entries or presets, for missing models, and for a file that does not fit.
+    """
+    given = NEW | dict(config)
+    numbers = all(isinstance(given[name], int) and not isinstance(given[name], bool) and given[name] >= 0 for name in ("rank", "seed"))
+    if given.keys() - NEW.keys() or given["preset"] not in PRESETS or not numbers:
+        raise ValueError(f"a new fusion takes preset ({', '.join(PRESETS)}), rank, seed, train_encoder, single and start; "
+                         f"found {dict(config)}.")
+    if models.model is None or models.vae is None:
+        raise ValueError("a new fusion needs a model and its VAE.")
+    model = models.model.model
+    if given["start"]:
+        weights = load_weights(Path(given["start"]).expanduser())
+        check_fit(weights, model, "start")
+    else:
+        weights = new_fusion(model, feature_channels(models.vae), given["preset"], given["seed"], given["single"])
+    try:
+        return grown(weights, model, models.vae, given["rank"], given["train_encoder"], given["seed"])
+    except ValueError as error:
+        raise ValueError(f"{weights.name} {error}") from error
+
+
+class FusionTrainee(RestorationAdapterTrainee):
+    """The fusion learns on the frozen denoiser, with a LoRA and the LQ encoder where there are any.
+
+    Args:
+        weights: of the kind fusion.
+        models: MODEL, CLIP and VAE.
+
+    Raises:
+        ValueError: when a model is missing or the weights do not fit it.
+    """
+
+    def __init__(self, weights: Weights, models: Models) -> None:
+        for name in ("model", "clip", "vae"):
+            if getattr(models, name) is None:
+                raise ValueError(f"{NODE}: '{name}' is not connected. A fusion learns on a model with its text encoder and VAE.")
+        check_fit(weights, models.model.model, NODE)
+        self.kind, self.family, self.config = weights.kind, weights.family, weights.config
+        self.models, self.anatomy = models, anatomy_of(models.model.model)
+        self.network = network_of(self.anatomy, self.config, operations=trained_operations)
+        self.lora = DiffusionAdapter(models.model.model, self.config["rank"]) if self.config["rank"] else None
+        learns = any(name.startswith(ENCODER) for name in weights.tensors)
+        try:
+            check_vae(models.vae, self.config["features"])
+            self.encoder = LQEncoder(models.vae, models.model.model, weights.tensors) if learns else None
+        except ValueError as error:
+            raise ValueError(f"{NODE}: 'vae': {weights.name} {error}") from error
+        self.load_state_dict(weights.tensors)
+
+    def rate_factors(self) -> Iterator[float]:
+        """The LQ encoder learns at a tenth of the rate."""
+        for part in (self.network, self.lora, self.encoder):
+            if part is not None:
+                yield from (ENCODER_RATE if part is self.encoder else 1.0 for _ in part.parameters())
+
+    def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, float]]:
+        """Denoise the clean latent beside the degraded picture: mean absolute error of the model's own output."""
+        texts = []
+        for caption, words, generator in zip(batch.captions, batch.words, generators):
+            dropped = float(torch.rand((), generator=generator)) < TEXT_DROP
+            texts.append("" if dropped else caption or words)
+        e = self.network.embed(self._features(batch.degraded))
+        extra = {self.condition.key: torch.cat([e, torch.ones_like(e[:, :1])], 1)}
+        loss = self.denoising.loss(self._encode(batch.clean), texts, generators, extra, absolute=True)
+        return loss, {"denoising": float(loss.detach())}
+
+    def restoring(self, pictures: Tensor) -> Any:
+        """The model as it restores these pictures (B, H, W, 3), for any sampler, while this trainee is attached."""
+        return self._conditioned(FeatureCondition("mend_validation", self._features(pictures), None, NODE, self.network.embed))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights as they stand in a file."""
+        tensors = {FUSION + name: tensor for name, tensor in self.network.state_dict().items()}
+        tensors |= self.encoder.state_dict() if self.encoder is not None else {}
+        return tensors | (self.lora.native() if self.lora is not None else {})
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` returned."""
+        self.network.load_state_dict({name.removeprefix(FUSION): tensor for name, tensor in tensors.items() if name.startswith(FUSION)})
+        if self.lora is not None:
+            self.lora.load_native(lora_tensors(tensors))
+        if self.encoder is not None:
+            self.encoder.load(tensors)
+
+    def _conditioned(self, condition: LatentCondition) -> Any:
+        patched = for_training(self.models.model)
+        FusionPatch(self.network, self.anatomy, condition).attach(patched)
+        return patched
+
+    def _features(self, pictures: Tensor) -> Tensor:
+        found = frozen_features(self.models.vae, pictures) if self.encoder is None else self.encoder.features(pictures)
+        return found.to(self.models.model.load_device)

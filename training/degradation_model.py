@@ -98,9 +98,7 @@ class DegradationTrainee:
     """
 
     def __init__(self, weights: Weights, models: Models) -> None:
-        for name in ("model", "clip", "vae"):
-            if getattr(models, name) is None:
-                raise ValueError(f"{NODE}: '{name}' is not connected. A degradation model learns on a model with its text encoder and VAE.")
+        models.require_all(NODE, "A degradation model")
         self.plan = check_fit(weights, models.model.model, NODE)
         self.kind, self.family, self.config = KIND, weights.family, weights.config
         check_cell(self.config["cell"], models.vae, NODE)

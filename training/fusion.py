@@ -69,9 +69,7 @@ class FusionTrainee(RestorationAdapterTrainee):
     """
 
     def __init__(self, weights: Weights, models: Models) -> None:
-        for name in ("model", "clip", "vae"):
-            if getattr(models, name) is None:
-                raise ValueError(f"{NODE}: '{name}' is not connected. A fusion learns on a model with its text encoder and VAE.")
+        models.require_all(NODE, "A fusion")
         check_fit(weights, models.model.model, NODE)
         self.kind, self.family, self.config = weights.kind, weights.family, weights.config
         self.models, self.anatomy = models, anatomy_of(models.model.model)

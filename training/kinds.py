@@ -1,14 +1,15 @@
 """What can be trained: one entry for every kind of weights.
 
-An entry is a pair of functions, each of which imports what it needs when it is called:
+An entry is a pair of functions, each of which is imported when it is called:
 
-    KINDS["restoration_adapter"] = Kind(trainee=_adapter_trainee, new=_new_adapter)
+    KINDS["fusion"] = Kind(trainee=_later("fusion", "FusionTrainee"), new=_later("fusion", "fresh_fusion"))
 
 `trainee` gets weights that it may keep and change, and the models they will be trained on; `new` makes fresh weights for them.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,112 +31,27 @@ class Kind:
     new: Callable[[Models, Mapping[str, Any]], Weights]
 
 
-def _adapter_trainee(weights: Weights, models: Models) -> Trainee:
-    from .restoration_adapter import RestorationAdapterTrainee
-
-    return RestorationAdapterTrainee(weights, models)
-
-
-def _new_adapter(models: Models, config: Mapping[str, Any]) -> Weights:
-    from .restoration_adapter import new_adapter
-
-    return new_adapter(models, config)
+def _later(module: str, name: str) -> Callable:
+    """A function or class of a module of this package, imported when it is called."""
+    return lambda *given: getattr(import_module(f".{module}", __package__), name)(*given)
 
 
-def _experts_trainee(weights: Weights, models: Models) -> Trainee:
-    from .detail_experts import DetailExpertsTrainee
-
-    return DetailExpertsTrainee(weights, models)
-
-
-def _new_experts(models: Models, config: Mapping[str, Any]) -> Weights:
-    from .detail_experts import new_experts
-
-    return new_experts(models, config)
-
-
-def _prompt_trainee(weights: Weights, models: Models) -> Trainee:
-    from .learned_prompt import LearnedPromptTrainee
-
-    return LearnedPromptTrainee(weights, models)
-
-
-def _new_prompt(models: Models, config: Mapping[str, Any]) -> Weights:
-    from .learned_prompt import new_learned_prompt
-
-    return new_learned_prompt(models, config)
-
-
-def _conditioning_trainee(weights: Weights, models: Models) -> Trainee:
-    from .learned_prompt import LearnedConditioningTrainee
-
-    return LearnedConditioningTrainee(weights, models)
-
-
-def _new_conditioning(models: Models, config: Mapping[str, Any]) -> Weights:
-    from .learned_prompt import new_learned_conditioning
-
-    return new_learned_conditioning(models, config)
-
-
-def _degradation_trainee(weights: Weights, models: Models) -> Trainee:
-    from .degradation_model import DegradationTrainee
-
-    return DegradationTrainee(weights, models)
-
-
-def _new_degradation_model(models: Models, config: Mapping[str, Any]) -> Weights:
-    from .degradation_model import new_model
-
-    return new_model(models, config)
-
-
-def _fusion_trainee(weights: Weights, models: Models) -> Trainee:
-    from .fusion import FusionTrainee
-
-    return FusionTrainee(weights, models)
-
-
-def _new_fusion(models: Models, config: Mapping[str, Any]) -> Weights:
-    from .fusion import fresh_fusion
-
-    return fresh_fusion(models, config)
-
-
-def _tokenizer_trainee(weights: Weights, models: Models) -> Trainee:
-    from .degradation_tokenizer import DegradationTokenizerTrainee
-
-    return DegradationTokenizerTrainee(weights, models)
-
-
-def _new_tokenizer(models: Models, config: Mapping[str, Any]) -> Weights:
-    from .degradation_tokenizer import new_tokenizer
-
-    return new_tokenizer(config)
-
-
-def _estimator_trainee(weights: Weights, models: Models) -> Trainee:
-    from .degradation_estimator import DegradationEstimatorTrainee
-
-    return DegradationEstimatorTrainee(weights, models)
-
-
-def _new_estimator(models: Models, config: Mapping[str, Any]) -> Weights:
-    from .degradation_estimator import estimator_from_config
-
-    return estimator_from_config(config)
+def _without_models(make: Callable[[Mapping[str, Any]], Weights]) -> Callable[[Models, Mapping[str, Any]], Weights]:
+    return lambda models, config: make(config)
 
 
 KINDS: dict[str, Kind] = {
-    "degradation_tokenizer": Kind(_tokenizer_trainee, _new_tokenizer),
-    "degradation_estimator": Kind(_estimator_trainee, _new_estimator),
-    "degradation_model": Kind(_degradation_trainee, _new_degradation_model),
-    "restoration_adapter": Kind(_adapter_trainee, _new_adapter),
-    "detail_experts": Kind(_experts_trainee, _new_experts),
-    "learned_prompt": Kind(_prompt_trainee, _new_prompt),
-    "learned_prompt_conditioning": Kind(_conditioning_trainee, _new_conditioning),
-    "fusion": Kind(_fusion_trainee, _new_fusion),
-}
+    "restoration_adapter": Kind(_later("restoration_adapter", "RestorationAdapterTrainee"), _later("restoration_adapter", "new_adapter")),
+    "learned_prompt": Kind(_later("learned_prompt", "LearnedPromptTrainee"), _later("learned_prompt", "new_learned_prompt")),
+    "learned_prompt_conditioning": Kind(_later("learned_prompt", "LearnedConditioningTrainee"), _later("learned_prompt", "new_learned_conditioning")),
+    "degradation_tokenizer": Kind(
+        _later("degradation_tokenizer", "DegradationTokenizerTrainee"), _without_models(_later("degradation_tokenizer", "new_tokenizer"))),
+    "degradation_estimator": Kind(
+        _later("degradation_estimator", "DegradationEstimatorTrainee"), _without_models(_later("degradation_estimator", "estimator_from_config"))),
+    "degradation_model": Kind(_later("degradation_model", "DegradationTrainee"), _later("degradation_model", "new_model")),
+    "fusion": Kind(_later("fusion", "FusionTrainee"), _later("fusion", "fresh_fusion")),
+    "detail_experts": Kind(_later("detail_experts", "DetailExpertsTrainee"), _later("detail_experts", "new_experts")),
+}  # fmt: skip
 
 
 def trainee_of(weights: Weights, models: Models) -> Trainee:

@@ -53,9 +53,7 @@ class RestorationAdapterTrainee:
     """
 
     def __init__(self, weights: Weights, models: Models) -> None:
-        for name in ("model", "clip", "vae"):
-            if getattr(models, name) is None:
-                raise ValueError(f"{NODE}: '{name}' is not connected. A restoration adapter learns on a model with its text encoder and VAE.")
+        models.require_all(NODE, "A restoration adapter")
         check_fit(weights, models.model.model, NODE)
         self.kind, self.family, self.config = weights.kind, weights.family, weights.config
         self.anatomy = anatomy_of(models.model.model)

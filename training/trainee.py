@@ -21,6 +21,16 @@ class Models:
     clip: "CLIP | None" = None
     vae: "VAE | None" = None
 
+    def require_all(self, node: str, learner: str) -> None:
+        """Check that MODEL, CLIP and VAE are there.
+
+        Raises:
+            ValueError: naming the node and the first that is missing.
+        """
+        for name in ("model", "clip", "vae"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{node}: '{name}' is not connected. {learner} learns on a model with its text encoder and VAE.")
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -82,9 +82,9 @@ class Run:
 
 
 def compared_runs(prior: str, degradation: str) -> Iterator[Run]:
-    """What is trained at several rates: all of them where ControlNet is compared, the highest elsewhere."""
+    """What is trained to find the best rate: at all of them on noise, at the highest elsewhere."""
     for method in (BEST, *([CONTROLNET] if prior == "unet" else [])):
-        for rate in RATES if prior == "unet" and degradation == NOISE else RATES[-1:]:
+        for rate in RATES if degradation == NOISE else RATES[-1:]:
             yield Run(prior, degradation, method, rate)
 
 
@@ -309,8 +309,8 @@ INTRODUCTION = """## Restoration Adapters: `python dev bench adapter`
 
 A small-scale reproduction on the lab prior (lab/README.md). Everything was trained on the same {pictures} pictures (the lab's own kind: procedural ones
 and crops of its training photographs, each cropped and degraded in one way), crops of {crop} px, {steps} steps of {batch} samples unless the row says
-otherwise, at the best of the learning rates {rates} where ControlNet is compared (UNet, noise), at the highest elsewhere. The best rate was chosen on the
-evaluation photographs with one seed, for adapters and ControlNet alike; on the DiT the three gave 16.5, 18.4 and 19.8 dB on noise. Restored from
+otherwise, at the best of the learning rates {rates} on noise, at the highest elsewhere. The best rate was chosen on the evaluation photographs with one
+seed, for adapters and ControlNet alike. Restored from
 pure noise with {sampling} Euler steps, no prompt. The lab's VAE alone takes much noise away: "degraded through the VAE" is what coding does without any
 denoiser. Four scenes, {seeds} seed(s); PSNR in dB. "small" adapters with LoRA of rank {rank}.
 Full-size models were counted (below), not trained.

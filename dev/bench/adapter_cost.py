@@ -7,8 +7,6 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...lab import headless
 
@@ -25,7 +23,7 @@ from ...model_patches.anatomy import anatomy_of  # noqa: E402
 from ...model_patches.diffusion_adapter import DiffusionAdapter  # noqa: E402
 from ...model_patches.restoration_adapter import RestorationAdapter, adapter_sites  # noqa: E402
 from . import report  # noqa: E402
-from .full_size import FULL_SIZE, META, SDXL_UNET, FullSize, Model, empty  # noqa: E402
+from .full_size import FULL_SIZE, META, SDXL_UNET, FullSize, Model, empty, macs, parameters  # noqa: E402
 
 PIXELS, RANK = 1024, 32
 PAPER = {"SDXL": 157e6, "SD3 medium": 80e6}
@@ -36,18 +34,6 @@ Counted on the host's full-size networks without weights (meta tensors), one eva
 parameters; it is merged into the model's weights and costs no operations. Nothing here was trained or timed. The paper reports 157 million parameters
 for SDXL and 80 million for SD3. ControlNet is the host's class for SDXL.
 """
-
-
-def parameters(module: nn.Module) -> int:
-    """Count them."""
-    return sum(p.numel() for p in module.parameters())
-
-
-def macs(run: Any) -> float:
-    """Multiplications and additions of a call, in pairs."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
-    return counter.get_total_flops() / 2
 
 
 def base_macs(size: FullSize, model: Model) -> float:

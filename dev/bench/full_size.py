@@ -1,12 +1,14 @@
-"""The host's full-size denoisers on meta tensors: shapes and operations without a single weight."""
+"""The host's full-size denoisers on meta tensors: shapes and operations without a single weight, and how they are counted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import comfy.ops
 from comfy.latent_formats import SD3, SDXL, Flux
@@ -78,3 +80,15 @@ FULL_SIZE = {
     "FLUX.1": FullSize(lambda: Model(FluxNetwork(**FLUX_1, **META), Flux()), 16,
                        lambda: {"context": empty(1, 512, 4096), "y": empty(1, 768), "guidance": empty(1)}),
 }  # fmt: skip
+
+
+def parameters(module: nn.Module) -> int:
+    """Count them."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def macs(run: Any) -> float:
+    """Multiplications and additions of a call, in pairs."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops() / 2

@@ -7,8 +7,6 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...lab import headless
 
@@ -25,7 +23,7 @@ from ...model_patches.anatomy import anatomy_of  # noqa: E402
 from ...model_patches.daff import DAFF, PRESETS, layout_of  # noqa: E402
 from ...model_patches.encoder_features import features  # noqa: E402
 from . import report  # noqa: E402
-from .full_size import FULL_SIZE, FullSize, empty  # noqa: E402
+from .full_size import FULL_SIZE, FullSize, empty, macs, parameters  # noqa: E402
 
 PIXELS, FEATURES = 512, 512
 DDCONFIG = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4],
@@ -36,18 +34,6 @@ Counted on the host's full-size networks without weights (meta tensors), one eva
 encoder run once a picture, not once a step; the encoder is a copy of the user's own VAE encoder, here that of SD and SDXL. Nothing here was trained or
 timed.
 """
-
-
-def parameters(module: nn.Module) -> int:
-    """Count them."""
-    return sum(p.numel() for p in module.parameters())
-
-
-def macs(run: Any) -> float:
-    """Multiplications and additions of a call, in pairs."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
-    return counter.get_total_flops() / 2
 
 
 def step_macs(size: FullSize, network: DAFF) -> float:

@@ -35,7 +35,7 @@ SETTINGS = {
     "noise": ["MendFPAMAlignment.preset=noise"],
     "lowlight": ["MendFPAMAlignment.preset=low light", "MendQualityPrior.exposure=0.001"],
     "haze": ["MendFPAMAlignment.preset=haze", "MendQualityPrior.clarity=0.001"],
-    "grey": ["MendFPAMAlignment.preset=colourise"],
+    "grey": ["MendFPAMAlignment.preset=colourise", "MendNoiseMatchedStart.at_least=0.7", "MendNoiseMatchedStart.steps=8", "CFGGuider.cfg=3"],
 }
 # What the default photograph shows. A photograph of the user's gets no words: none are better than wrong ones.
 CAPTION = f"What the Picture Shows.text={CAPTIONS['coffee']}"

@@ -15,10 +15,12 @@ class FPAM(nn.Module):
     Args:
         operations: the host's operations (comfy.ops); layers come uninitialised, call one of the `start_` methods.
         grid: rows and columns of p; 1 is the paper's one factor a channel, more let it vary smoothly over the picture.
+        coarse: h2 works on means over cells of this many pixels; 1 is the paper's. Light and veils are smooth, and h2 is nearly all of the cost.
     """
 
-    def __init__(self, operations: ModuleType, grid: int = 1, device: torch.device | None = None) -> None:
+    def __init__(self, operations: ModuleType, grid: int = 1, device: torch.device | None = None, coarse: int = 1) -> None:
         super().__init__()
+        self.coarse = coarse
         self.h1_in = operations.Conv2d(3, 64, 3, padding=1, device=device)
         self.h1_out = operations.Conv2d(64, 3, 1, device=device)
         widths = (3, 64, 128, 256)
@@ -37,10 +39,16 @@ class FPAM(nn.Module):
             (B, 3, H, W), unclamped.
         """
         h1 = self.h1_out(F.leaky_relu(self.h1_in(x), 0.01))
-        h2 = h1
+        return self._offset(h1) + self._factor(x, window) * h1
+
+    def _offset(self, h1: Tensor) -> Tensor:
+        """h2(h1(x)), spread smoothly from its cells."""
+        size = h1.shape[-2:]
+        h2 = h1 if self.coarse == 1 else F.interpolate(h1, tuple(-(-side // self.coarse) for side in size), mode="area")
         for layer in self.h2:
             h2 = F.leaky_relu(layer(h2), 0.01)
-        return self.h2_out(h2) + self._factor(x, window) * h1
+        h2 = self.h2_out(h2)
+        return h2 if self.coarse == 1 else F.interpolate(h2, size, mode="bilinear", align_corners=False)
 
     def _factor(self, x: Tensor, window: tuple[int, int, int, int] | None) -> Tensor:
         if self.p.shape[-1] == 1:

@@ -35,10 +35,15 @@ class Perceptual:
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the distance of two batches (B, 3, H, W) in 0..1; only `a` carries a gradient."""
         with torch.no_grad():
-            target = self._features(b)
-        return F.mse_loss(self._features(a), target)
+            target = self.features(b)
+        return self.to_features(a, target)
 
-    def _features(self, x: Tensor) -> Tensor:
+    def to_features(self, a: Tensor, target: Tensor) -> Tensor:
+        """The distance to what `features` returned for another batch."""
+        return F.mse_loss(self.features(a), target)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what is compared of (B, 3, H, W) in 0..1."""
         if self.vgg is None:
             return self.encoder(_whole_cells(x, self.encoder.cell))
         x = (x - x.new_tensor(MEAN).view(1, 3, 1, 1)) / x.new_tensor(DEVIATION).view(1, 3, 1, 1)

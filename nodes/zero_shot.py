@@ -14,6 +14,7 @@ from ..model_patches.perceptual import vgg16_weights
 from ..samplers.alignment import Alignment
 from ..samplers.first_guess import first_guess, known_degradation
 from ..samplers.guided_model import GuidedModel
+from ..samplers.matched_start import MatchedStart, latent_noise
 from ..samplers.posterior_guidance import Posterior
 from ..samplers.presets import ALIGNMENTS
 from ..samplers.quality import Quality
@@ -85,6 +86,8 @@ class FPAMAlignment(io.ComfyNode):
         changes = {name: value for name, value in overrides.items() if value >= 0}
         for name in changes.keys() & {"crop", "grid"}:
             changes[name] = max(1, changes[name])
+        if start == "random":
+            changes["coarse"] = 1
         return io.NodeOutput(replace(ALIGNMENTS[preset], start=start, **changes))
 
 
@@ -263,6 +266,50 @@ class ApplyPosteriorGuidance(io.ComfyNode):
         return io.NodeOutput(GuidedModel(settings, alignment, quality, vae, pictures, mask, vgg).attach(model))
 
 
+class NoiseMatchedStart(io.ComfyNode):
+    """Declares Noise-Matched Start."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's face."""
+        return io.Schema(
+            node_id="MendNoiseMatchedStart",
+            display_name="Noise-Matched Start",
+            category="restoration/zero-shot",
+            description="Begin sampling at the noise that the picture already has, instead of hiding it under more. Measures the grain, "
+            "finds the place in the model's schedule where it belongs, and adds only what is missing.",
+            search_aliases=["sigmas", "denoise", "noise level", "schedule", "img2img", "start at step", "grain", "zero-shot"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will sample."),
+                io.Vae.Input("vae", tooltip="The VAE that encodes the picture."),
+                io.Image.Input("image", tooltip="The picture that is encoded for sampling: the damaged one, or that of First Guess."),
+                io.Int.Input("steps", default=4, min=1, max=1000, tooltip="How many steps lead from there to the clean picture."),
+                io.Float.Input(
+                    "at_least", default=0.1, min=0.01, max=0.95, step=0.01,
+                    tooltip="Share of noise to start from even if the picture has less, like denoise: the more, the more the model may "
+                    "change.",
+                ),
+                io.Int.Input(
+                    "noise_seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Seed of the noise that is added.",
+                ),
+            ],
+            outputs=[
+                io.Noise.Output(display_name="noise", tooltip="For SamplerCustomAdvanced: what the picture lacks."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="For SamplerCustomAdvanced: the schedule from there."),
+                io.Float.Output(display_name="start", tooltip="The share of noise that it starts from, 0 to 1."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: "ModelPatcher", vae: "VAE", image: Tensor, steps: int, at_least: float, noise_seed: int) -> io.NodeOutput:
+        """Return noise, schedule and where it starts."""
+        pictures = rgb_pictures(image, "Noise-Matched Start")
+        start = MatchedStart.of([latent_noise(model, vae, picture) for picture in pictures.split(1)], at_least, noise_seed)
+        sigmas = start.sigmas(model.get_model_object("model_sampling"), steps)
+        return io.NodeOutput(start, sigmas, start.start / (1 + start.start))
+
+
 class RecurrentRenoising(io.ComfyNode):
     """Declares Recurrent Re-noising."""
 
@@ -301,4 +348,4 @@ class RecurrentRenoising(io.ComfyNode):
         return io.NodeOutput(RecurrentSampler(sampler, rounds, gamma, vae))
 
 
-NODES = [FPAMAlignment, QualityPrior, FirstGuess, ApplyPosteriorGuidance, RecurrentRenoising]
+NODES = [FPAMAlignment, QualityPrior, FirstGuess, NoiseMatchedStart, ApplyPosteriorGuidance, RecurrentRenoising]

@@ -31,6 +31,7 @@ class Alignment:
         crop: side of the crops F-PAM is trained on, in pixels.
         grid: rows and columns of F-PAM's factor p; 1 is the paper's.
         grey: psi begins as Rec.709 luma.
+        coarse: h2 of F-PAM works on means over cells of this many pixels; 1 is the paper's.
         start: "aligned" begins at the degradation the quality prior implies, "random" as published.
     """
 
@@ -47,6 +48,7 @@ class Alignment:
     crop: int = 96
     grid: int = 1
     grey: bool = False
+    coarse: int = 4
     start: str = "aligned"
 
 
@@ -64,13 +66,14 @@ class AlignmentRun:
     def __init__(self, alignment: Alignment, y: Tensor, known: KnownDegradation, perceptual: Perceptual, generator: torch.Generator) -> None:
         self.alignment, self.y, self.perceptual, self.generator = alignment, y, perceptual, generator
         self.updates = 0
-        self.psi = FPAM(run_operations, alignment.grid, y.device)
+        self.remembered: tuple[tuple[int, ...], Tensor] | None = None
+        self.psi = FPAM(run_operations, alignment.grid, y.device, alignment.coarse)
         if alignment.start == "random":
             self.psi.start_random(generator)
         else:
             self.psi.start_aligned(known.curve, known.mix, known.airlight, known.transmission, generator)
         self.aligned = alignment.start != "random"
-        self.known = FPAM(run_operations, alignment.grid, y.device).requires_grad_(False)
+        self.known = FPAM(run_operations, alignment.grid, y.device, alignment.coarse).requires_grad_(False)
         self.known.load_state_dict(self.psi.state_dict())
         self.d1, self.d2 = PatchDiscriminator(run_operations, y.device), PatchDiscriminator(run_operations, y.device)
         for network in (self.d1, self.d2):
@@ -122,10 +125,18 @@ class AlignmentRun:
             target, seen = target * here, aligned * here
         loss = F.mse_loss(seen, target)
         if a.distance_features > 0:
-            loss = loss + a.distance_features * self.perceptual(seen, target)
+            loss = loss + a.distance_features * self.perceptual.to_features(seen, self._target_features(target, window))
         if a.residual > 0:
             loss = loss + a.residual * self._residual(x, aligned, cut(self.y, window, x), companion, window)
         return loss, seen
+
+    def _target_features(self, target: Tensor, window: Window) -> Tensor:
+        """Perceptual features of a window of the degraded picture; the last are remembered, which most pictures fit into."""
+        place = (*window, *target.shape)
+        if self.remembered is None or self.remembered[0] != place:
+            with torch.no_grad():
+                self.remembered = place, self.perceptual.features(target)
+        return self.remembered[1]
 
     def look(self, x: Tensor, window: Window, mask: Tensor | None) -> Tensor:
         """psi(x) where it counts, as `distance` returns it."""

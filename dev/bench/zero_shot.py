@@ -14,6 +14,7 @@ from ...lab.prior import load_lab_prior
 from ...samplers.alignment import Alignment
 from ...samplers.first_guess import first_guess, known_degradation
 from ...samplers.guided_model import GuidedModel
+from ...samplers.matched_start import MatchedStart, latent_noise
 from ...samplers.posterior_guidance import Counters, Posterior
 from ...samplers.quality import Quality
 from ...samplers.recurrence import RecurrentSampler
@@ -29,20 +30,22 @@ class Recipe:
         rounds, gamma: of Recurrent Re-noising.
         text: use the caption.
         guess: start from First Guess instead of the damaged picture.
+        matched: start at the noise that the picture has, and at no less than `denoise` as a share of noise; otherwise denoise is the host's.
     """
 
     alignment: Alignment = field(default_factory=Alignment)
     quality: Quality | None = None
-    posterior: Posterior | None = field(default_factory=Posterior)
+    posterior: Posterior | None = field(default_factory=lambda: Posterior(every=2))
     sampler: str = "euler"
     scheduler: str = "normal"
-    steps: int = 6
+    steps: int = 4
     cfg: float = 1.5
-    denoise: float = 0.35
+    denoise: float = 0.1
     rounds: int = 0
     gamma: float = 0.3
     text: bool = True
     guess: bool = True
+    matched: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,20 @@ def restore(prior: Prior, degraded: Tensor, caption: str, recipe: Recipe, seed: 
         model = GuidedModel(recipe.posterior, recipe.alignment, recipe.quality, prior.vae, degraded, on_finish=lambda done: _add(counters, done)).attach(model)
     latent = prior.vae.encode(start)
     sampling = model.get_model_object("model_sampling")
-    total = recipe.steps if recipe.denoise >= 1 else int(recipe.steps / recipe.denoise)
-    sigmas = comfy.samplers.calculate_sigmas(sampling, recipe.scheduler, total)[-(recipe.steps + 1):]
+    if recipe.matched:
+        matched = MatchedStart.of([latent_noise(prior.model, prior.vae, start)], recipe.denoise, seed)
+        noise, sigmas = matched.generate_noise({"samples": latent}), matched.sigmas(sampling, recipe.steps)
+    else:
+        total = recipe.steps if recipe.denoise >= 1 else int(recipe.steps / recipe.denoise)
+        noise = comfy.sample.prepare_noise(latent, seed)
+        sigmas = comfy.samplers.calculate_sigmas(sampling, recipe.scheduler, total)[-(recipe.steps + 1):]
     sampler = comfy.samplers.sampler_object(recipe.sampler)
     if recipe.rounds:
         sampler = RecurrentSampler(sampler, recipe.rounds, recipe.gamma)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(prior.encode(caption if recipe.text else ""), prior.encode(""))
     guider.set_cfg(recipe.cfg)
-    sampled = guider.sample(comfy.sample.prepare_noise(latent, seed), latent, sampler, sigmas, disable_pbar=True, seed=seed)
+    sampled = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed)
     picture = prior.vae.decode(sampled)
     work = Work(time.perf_counter() - begun, calls[0], counters.decodes + 1, counters.decoder_backwards, counters.updates)
     return picture.float(), work
@@ -109,7 +117,7 @@ def guessed(degraded: Tensor, recipe: Recipe) -> Tensor:
 
 def img2img(recipe: Recipe, denoise: float) -> Recipe:
     """The host's own img2img on the same prior: no guidance, no first guess, no rounds."""
-    return replace(recipe, posterior=None, guess=False, rounds=0, denoise=denoise, steps=20)
+    return replace(recipe, posterior=None, guess=False, matched=False, rounds=0, denoise=denoise, steps=20)
 
 
 def _counted(model: Any, calls: list[int]) -> Any:

@@ -45,7 +45,7 @@ def test_transparency_is_kept(server, tmp_path):
     _, before = noisy_photograph()
     alpha = Image.fromarray(np.tile(np.linspace(0, 255, SIZE[0]).astype(np.uint8), (SIZE[1], 1)))
     before.putalpha(alpha)
-    after = restored(server, before, tmp_path, settings=["BasicScheduler.steps=2"])
+    after = restored(server, before, tmp_path, settings=["MendNoiseMatchedStart.steps=2"])
     assert (after.size, after.mode) == (SIZE, "RGBA")
     # 8 bits to a float, through a mask and back to 8 bits, where the host cuts off instead of rounding.
     assert np.abs(np.asarray(after)[..., 3].astype(int) - np.asarray(alpha)).max() <= 1
@@ -54,7 +54,7 @@ def test_transparency_is_kept(server, tmp_path):
 @pytest.mark.parametrize("kind", demo_run.SETTINGS)
 def test_every_degradation_of_the_demo_runs(server, tmp_path, kind):
     _, before = noisy_photograph()
-    settings = [*demo_run.SETTINGS[kind], demo_run.CAPTION, "BasicScheduler.steps=2"]
+    settings = [*demo_run.SETTINGS[kind], demo_run.CAPTION, "MendNoiseMatchedStart.steps=2"]
     assert restored(server, before, tmp_path, settings=settings).size == SIZE
 
 
@@ -78,7 +78,7 @@ def test_the_sd_workflow_runs_once_it_has_a_model(server, tmp_path):
     _, before = noisy_photograph()
     before.save(tmp_path / "before.png")
     workflow = on_lab_prior(read_workflow(SD))
-    result = server.queue(workflow, inputs=[tmp_path / "before.png"], settings=["BasicScheduler.steps=2"], out=tmp_path / "out")
+    result = server.queue(workflow, inputs=[tmp_path / "before.png"], settings=["MendNoiseMatchedStart.steps=2"], out=tmp_path / "out")
     assert not result.errors
     (saved,) = [file["path"] for file in result.files if file["type"] == "output"]
     assert Image.open(saved).size == SIZE

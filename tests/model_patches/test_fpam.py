@@ -65,6 +65,32 @@ def test_forward_is_h2_of_h1_plus_p_times_h1():
     torch.testing.assert_close(module(x), h2 + module.p * h1)
 
 
+@pytest.mark.parametrize("size", [(2, 1), (3, 50), (32, 32), (33, 31)])
+def test_a_coarse_h2_changes_the_offset_alone(size):
+    fine, x = random(), picture(*size)
+    coarse = FPAM(run_operations, 1, coarse=4).requires_grad_(False)
+    coarse.load_state_dict(fine.state_dict())
+    assert coarse(x).shape == x.shape and not torch.equal(coarse(x), fine(x))
+    for module in (fine, coarse):
+        module.h2_out.weight.zero_()
+    torch.testing.assert_close(coarse(x), fine(x))
+
+
+def test_a_coarse_h2_sees_means_and_varies_smoothly():
+    coarse = FPAM(run_operations, 1, coarse=4).requires_grad_(False)
+    coarse.load_state_dict(random().state_dict())
+    for layer in (coarse.h1_in, *coarse.h2):
+        # Without their neighbours all layers see single cells.
+        layer.weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0
+    coarse.p.zero_()
+    flat = torch.full((1, 3, 16, 16), 0.5)
+    here = coarse(flat)
+    assert here.std((-2, -1)).max() < 1e-5
+    there = coarse(flat + torch.eye(4).repeat(4, 4) * 0.1)
+    # Every cell of this pattern has the same mean.
+    assert there.std((-2, -1)).max() < 1e-5
+
+
 def test_random_start_is_kaiming_and_the_generators_alone():
     torch.manual_seed(1)
     one = random(seed=4)

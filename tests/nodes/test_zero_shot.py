@@ -252,3 +252,42 @@ def test_the_log_says_whose_features_are_compared(run_prompt, caplog):
     with caplog.at_level("INFO"):
         run_prompt(restoration(), given={"picture": SQUARE})
     assert "perceptual features come from the VAE encoder" in caplog.text
+
+
+def matched(family="sd15", **inputs):
+    """The prompt of the shared workflow: start, schedule and noise from the picture itself."""
+    prompt = restoration(family)
+    prompt["start"] = node("MendNoiseMatchedStart", model=["tiny", 0], vae=["tiny", 3], image=["guess", 0], **inputs)
+    prompt["guider"] = node("CFGGuider", model=["guidance", 0], positive=["tiny", 1], negative=["tiny", 2], cfg=2.0)
+    prompt["sample"] = node("SamplerCustomAdvanced", noise=["start", 0], guider=["guider", 0], sampler=["rounds", 0], sigmas=["start", 1],
+                            latent_image=["encode", 0])  # fmt: skip
+    prompt["share"] = node("TestCapture", value=["start", 2])
+    del prompt["sigmas"]
+    return prompt
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("at_least", [0.05, 0.8])
+def test_a_noise_matched_start_samples_on_every_family(run_prompt, family, at_least):
+    result = run_prompt(matched(family, at_least=at_least, steps=2), given={"picture": picture(2, 33, 50, 3)})
+    assert result.values["picture"].shape == (2, 33, 50, 3) and result.values["picture"].isfinite().all()
+    assert at_least * 0.999 <= result.values["share"] < 1
+
+
+def test_the_seed_of_the_start_decides_what_is_added(run_prompt):
+    def restored(seed):
+        run_prompt.executor.reset()
+        return latent(run_prompt(matched(at_least=0.9, noise_seed=seed), given={"picture": SQUARE}))
+
+    first = restored(1)
+    assert torch.equal(first, restored(1)) and not torch.equal(first, restored(2))
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_noise_matched_start_names_what_is_wrong_with_a_picture(run_prompt, name):
+    given, reason = UNUSABLE[name]
+    prompt = {"tiny": node("TestTinyModel", family="sd15"), "given": node("TestGiven", name="image")}
+    prompt["node"] = node("MendNoiseMatchedStart", model=["tiny", 0], vae=["tiny", 3], image=["given", 0])
+    prompt["out"] = node("TestCapture", value=["node", 1])
+    message = failure(run_prompt, prompt, {"image": given})
+    assert "Noise-Matched Start: image" in message and reason in message

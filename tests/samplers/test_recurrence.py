@@ -143,7 +143,9 @@ def test_round_noise_belongs_to_its_picture():
     for index in range(3):
         assert torch.equal(together[index], round_noise(noise[index:index + 1], 7, 0)[0])
     assert not torch.equal(together, round_noise(noise, 7, 1)) and not torch.equal(together, round_noise(noise, 8, 0))
-    assert together.dtype == noise.dtype and not round_noise(torch.zeros(1, 4, 6, 6), 7, 0).any()
+    assert together.dtype == noise.dtype
+    # A first pass that began at the picture's own noise was given none.
+    assert round_noise(torch.zeros(1, 4, 6, 6), 7, 0).std() > 0.5
 
 
 @pytest.mark.parametrize("kind", ["sd15", "wan"])

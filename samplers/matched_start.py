@@ -1,0 +1,73 @@
+"""Where sampling may begin from a picture that is noisy already: at the sigma whose noise the picture brings along.
+
+Noise on top of noise hides what is left of a picture a second time. A latent that carries noise of deviation s beside a signal of unit
+deviation is what a model sees at noise-to-signal ratio s, so the schedule can start there; a picture with less gets what is missing.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..model_patches.framing import pad_to
+from ..model_patches.host import encode_video, initial_noise, sigma_at
+from .first_guess import noise_level
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
+LEAST_PROBE = 2 / 255
+# Not a seed that anybody would make grain with: the same grain twice over would count double.
+PROBE_SEED = 0x6D656E64
+
+
+def latent_noise(patcher: "ModelPatcher", vae: "VAE", picture: Tensor) -> float:
+    """Deviation of the noise in a picture's latent, in the model's space: what as much grain does to that latent once more.
+
+    Args:
+        patcher: of the model, for the space of its latents.
+        vae: encodes.
+        picture: (1, H, W, 3) in 0..1.
+    """
+    into = patcher.get_model_object("process_latent_in")
+    cell = vae.spacial_compression_encode()
+    picture = pad_to(picture.cpu().float(), tuple(-(-side // cell) * cell for side in picture.shape[1:3]))
+    grain = noise_level(picture.movedim(-1, 1))
+    probe = max(grain, LEAST_PROBE)
+    noisy = picture + probe * torch.randn(picture.shape, generator=torch.Generator().manual_seed(PROBE_SEED))
+    change = into(encode_video(vae, noisy)) - into(encode_video(vae, picture))
+    return float(change.detach().float().std(unbiased=False)) * grain / probe
+
+
+@dataclass(frozen=True)
+class MatchedStart:
+    """A noise level to start from, and what pictures lack to be that noisy. It is the NOISE of the host's samplers.
+
+    Attributes:
+        seed: of the noise that is added.
+        found: deviation of the noise in the latent of each picture; a larger batch of latents goes through them in turn.
+        start: noise-to-signal ratio at which the schedule begins.
+    """
+
+    seed: int
+    found: tuple[float, ...]
+    start: float
+
+    @classmethod
+    def of(cls, found: list[float], at_least: float, seed: int) -> "MatchedStart":
+        """Start at the noise of the noisiest picture, and at no less than a share of noise, 0..1, in the mixture of noise and picture."""
+        return cls(seed, tuple(found), max(*found, at_least / (1 - at_least)))
+
+    def generate_noise(self, latent: dict[str, Any]) -> Tensor:
+        """Return noise for the latents of a LATENT that brings all of them to the start: variances add up to that of the schedule."""
+        noise = initial_noise(latent, self.seed)
+        missing = [max(0.0, 1 - (found / self.start) ** 2) ** 0.5 for found in self.found]
+        rows = torch.tensor([missing[index % len(missing)] for index in range(len(noise))])
+        return noise * rows.to(noise).view(-1, *[1] * (noise.ndim - 1))
+
+    def sigmas(self, model_sampling: Any, steps: int) -> Tensor:
+        """Return (steps + 1,) sigmas from the start down to 0, even in the share that noise has in the mixture."""
+        shares = torch.linspace(self.start / (1 + self.start), 0.0, steps + 1).tolist()
+        return torch.tensor([sigma_at(model_sampling, share / (1 - share)) for share in shares])

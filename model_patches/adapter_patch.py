@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, Site, anatomy_of
-from .blocks import visit_blocks
+from .blocks import changed_picture, visit_blocks
 from .conditioned_patch import ConditionedPatch
-from .diffusion_adapter import DiffusionAdapter, lora_tensors
+from .diffusion_adapter import DiffusionAdapter, new_lora
+from .fit import check_family, check_shapes
 from .host import inference_module, trained_operations
 from .lq_condition import LatentCondition
 from .restoration_adapter import KERNELS, RestorationAdapter, adapter_sites, initialise
-from .robust_encoder import ENCODER
-from .weights_file import Weights
+from .weights_file import Weights, part_of
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -39,10 +39,7 @@ def new_weights(model: "BaseModel", size: str, rank: int, seed: int) -> Weights:
         network = RestorationAdapter(anatomy, size, trained_operations)
         initialise(network, generator)
         tensors |= {ADAPTER + name: tensor.detach() for name, tensor in network.state_dict().items()}
-    if rank:
-        lora = DiffusionAdapter(model, rank)
-        lora.initialise(generator)
-        tensors |= {name: tensor.detach() for name, tensor in lora.native().items()}
+    tensors |= new_lora(model, rank, generator)
     return Weights(KIND, anatomy.family, {"size": size, "rank": rank}, tensors, f"the new adapter for {anatomy.family}")
 
 
@@ -57,40 +54,8 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
     if weights.config.get("size") not in (*KERNELS, "none") or not isinstance(weights.config.get("rank"), int):
         raise ValueError(f"{node}: {weights.name} describes itself as {weights.config}, and a size ({', '.join(KERNELS)} or none) and a "
                          "rank were expected. Update the pack, or save the file again.")
-    check_shapes(weights, expected_tensors(anatomy, weights.config, model), anatomy, node)
+    check_shapes(weights, expected_tensors(anatomy, weights.config, model), node)
     return anatomy
-
-
-def check_family(weights: Weights, kind: str, model: "BaseModel", node: str) -> Anatomy:
-    """Check kind and family of weights, and return the model's anatomy.
-
-    Raises:
-        ValueError: naming the node, the weights and both kinds or both families.
-    """
-    weights.expect(kind, node)
-    try:
-        anatomy = anatomy_of(model)
-    except ValueError as error:
-        raise ValueError(f"{node}: 'model': {error}") from error
-    if weights.family != anatomy.family:
-        raise ValueError(f"{node}: {weights.name} was made for {weights.family}, and 'model' is {anatomy.family}. "
-                         "Load the model it was trained on, or train one for this.")
-    return anatomy
-
-
-def check_shapes(weights: Weights, expected: dict[str, Tensor], anatomy: Anatomy, node: str) -> None:
-    """Check names and shapes of all tensors but those of an encoder, which have to fit a VAE and not the model.
-
-    Raises:
-        ValueError: naming the node, the weights and the first tensor that does not fit.
-    """
-    wanted = {name: tensor.shape for name, tensor in expected.items()}
-    found = {name: tensor.shape for name, tensor in weights.tensors.items() if not name.startswith(ENCODER)}
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if wrong:
-        shapes = f"{wrong[0]} is {_shape(found.get(wrong[0]))}, expected {_shape(wanted.get(wrong[0]))}"
-        raise ValueError(f"{node}: {weights.name} does not fit 'model' ({anatomy.family}): {shapes}. "
-                         "The file is incomplete or was made for another model of that family.")
 
 
 def expected_tensors(anatomy: Anatomy, config: dict[str, Any], model: "BaseModel") -> dict[str, Tensor]:
@@ -134,16 +99,12 @@ class AdapterPatch(ConditionedPatch):
         evaluation = options[self.condition.key]
         if evaluation.feature is None:
             evaluation.feature = self.network.embed(evaluation.c_lq.to(x_t))
-        picture, rest = self._picture(x_t, evaluation.feature)
-        change, evaluation.feature = self.network.adapters[site.name](evaluation.feature, picture, emb.to(x_t))
-        picture = picture + self.strength * self.network.weigh(evaluation.mask.to(x_t), picture) * change
-        return picture if rest is None else torch.cat([picture, rest], 1)
 
-    def _picture(self, x_t: Tensor, feature: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Part the tokens of the picture itself from those of reference pictures behind them."""
-        if not self.network.tokens or x_t.shape[1] == feature.shape[1]:
-            return x_t, None
-        return x_t[:, :feature.shape[1]], x_t[:, feature.shape[1]:]
+        def adapted(picture: Tensor) -> Tensor:
+            change, evaluation.feature = self.network.adapters[site.name](evaluation.feature, picture, emb.to(picture))
+            return picture + self.strength * self.network.weigh(evaluation.mask.to(picture), picture) * change
+
+        return changed_picture(x_t, evaluation.feature.shape[1], adapted) if self.network.tokens else adapted(x_t)
 
 
 class _Evaluation:
@@ -156,19 +117,7 @@ class _Evaluation:
 
 def inference_patcher(weights: Weights, anatomy: Anatomy) -> "ModelPatcher":
     """Return the adapters of a file as a model that the host loads beside others; made once for each object of weights."""
-    tensors = {name.removeprefix(ADAPTER): tensor for name, tensor in weights.tensors.items() if name.startswith(ADAPTER)}
-
     def build(**factory: Any) -> RestorationAdapter:
         return RestorationAdapter(anatomy, weights.config["size"], **factory)
 
-    return weights.once(f"{KIND} {anatomy.family}", lambda: inference_module(build, tensors))
-
-
-def lora_of(weights: Weights) -> dict[str, Tensor]:
-    """Return the LoRA of a file in the host's keys; empty if it has none or none that would change anything."""
-    tensors = lora_tensors(weights.tensors)
-    return tensors if any(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_B.weight")) else {}
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else "x".join(str(side) for side in shape) or "a number"
+    return weights.once(f"{KIND} {anatomy.family}", lambda: inference_module(build, part_of(weights.tensors, ADAPTER)))

@@ -34,6 +34,13 @@ def visit_blocks(patcher: "ModelPatcher", anatomy: Anatomy, sites: list[Site], k
         _visit_transformer(patcher, site, key, visit, anatomy.kind)
 
 
+def changed_picture(x: Tensor, tokens: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Change (B, N, C) the first `tokens` tokens, those of the picture itself; FLUX puts those of reference pictures behind them."""
+    if x.shape[1] == tokens:
+        return change(x)
+    return torch.cat([change(x[:, :tokens]), x[:, tokens:]], 1)
+
+
 def _visit_unet(patcher: "ModelPatcher", sites: list[Site], key: str, visit: Visit, skips: bool) -> None:
     after, before = ({site.index: site for site in sites if site.kind == kind} for kind in ("input", "output"))
     emb_key = f"{key}_emb"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .host import WrappersMP
 from .lq_condition import LatentCondition
+from .percents import acts
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -37,13 +38,6 @@ class ConditionedPatch(ABC):
     def _apply_model(self, executor: Any, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: Any, control: Any, transformer_options: dict,
                      **kwargs: Any) -> Tensor:
         held, sampling = self.condition.take(kwargs, x), executor.class_obj.model_sampling
-        if held is not None and self._acts(sampling, t):
+        if held is not None and acts(self.start_percent, self.end_percent, sampling, t):
             transformer_options = {**transformer_options, self.condition.key: self.opened(*held, sampling, t)}
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-
-    def _acts(self, model_sampling: Any, sigma: Tensor) -> bool:
-        """Compare as the host does for conditioning, under whatever schedule the model has by now."""
-        if (self.start_percent, self.end_percent) == (0.0, 1.0):
-            return True
-        first, last = (float(model_sampling.percent_to_sigma(percent)) for percent in (self.start_percent, self.end_percent))
-        return last <= float(sigma.max()) <= first

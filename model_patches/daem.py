@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .experts import KERNELS, Expert, Routed, Router, normalised
+from .first_weights import fill
 from .host import cast_like
 from .vae_sites import VaeSite
 from .window_grid import Windows
@@ -152,13 +153,4 @@ class DetailExperts(nn.Module):
 
 def initialise(network: DetailExperts, generator: torch.Generator) -> None:
     """Fill the weights, which the host's layers leave empty: as torch would, but zero where a branch opens or ends."""
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            layer = name.split(".")[-2]
-            if layer in ("skip", "zero", "zero2") or name.endswith(("bias", "outer")):
-                p.zero_()
-            elif name.endswith("temperature"):
-                p.fill_(1)
-            else:
-                bound = p[0].numel() ** -0.5
-                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+    fill(network, generator, zero=("skip", "zero", "zero2", "outer"), one=("temperature",))

@@ -10,7 +10,7 @@ import comfy.conds
 
 from .degraded_picture import DegradedPicture
 from .host import WrappersMP
-from .lq_condition import LatentCondition
+from .lq_condition import LatentCondition, conds_with
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -50,15 +50,10 @@ class DegradationCondition(LatentCondition):
     def sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any,
                        **kwargs: Any) -> Tensor:
         """SAMPLER_SAMPLE wrapper: every cond of this run carries picture and instruction."""
-        before = guider.conds
         conds = {self.key: comfy.conds.CONDNoiseShape(self.shown_to(guider.inner_model, noise)),
                  self.tokens_key: comfy.conds.CONDRegular(self._instruction(noise))}
-        guider.conds = {name: [{**entry, "model_conds": {**entry.get("model_conds", {}), **conds}} for entry in entries or ()]
-                        for name, entries in before.items()}
-        try:
+        with conds_with(guider, conds):
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
-        finally:
-            guider.conds = before
 
     def shown_to(self, model: Any, noise: Tensor) -> Tensor:
         """Return picture, latent and a mask of ones for a run.

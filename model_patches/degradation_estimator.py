@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fit import misfit
 from .framing import rgb_pictures
 from .host import inference_module, run_module, run_operations
-from .weights_file import Weights
+from .weights_file import Weights, part_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -112,11 +113,10 @@ def check_fit(weights: Weights, node: str) -> None:
     if missing:
         raise ValueError(f"{node}: {weights.name} does not say its {', '.join(missing)}. Update the pack, or save the file again.")
     with torch.device("meta"):
-        wanted = {NETWORK + name: tensor.shape for name, tensor in EstimatorNetwork(level_counts(weights.config), nn).state_dict().items()}
-    found = {name: tensor.shape for name, tensor in weights.tensors.items() if name.startswith(NETWORK)}
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        wanted = EstimatorNetwork(level_counts(weights.config), nn).state_dict()
+    wrong = misfit(part_of(weights.tensors, NETWORK), wanted)
     if wrong or len(weights.tensors.get(BANK, ())) != sum(level_counts(weights.config)):
-        raise ValueError(f"{node}: {weights.name} is incomplete: {wrong[0] if wrong else BANK} does not have the expected shape. "
+        raise ValueError(f"{node}: {weights.name} is incomplete: {NETWORK + wrong[0] if wrong else BANK} does not have the expected shape. "
                          "Load another file, or train it anew.")
 
 
@@ -127,7 +127,7 @@ def level_counts(config: dict[str, Any]) -> tuple[int, ...]:
 
 def network_patcher(weights: Weights) -> "ModelPatcher":
     """Return the network as a model that the host loads beside others; made once for each object of weights."""
-    tensors = {name.removeprefix(NETWORK): tensor.float() for name, tensor in weights.tensors.items() if name.startswith(NETWORK)}
+    tensors = {name: tensor.float() for name, tensor in part_of(weights.tensors, NETWORK).items()}
 
     def build(**factory: Any) -> EstimatorNetwork:
         return EstimatorNetwork(level_counts(weights.config), **factory)

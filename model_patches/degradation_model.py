@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from . import degradation_tokenizer as tokenizer
 from . import irb, via
-from .adapter_patch import check_family, check_shapes
 from .anatomy import Anatomy, Site, anatomy_of, every_block
-from .blocks import visit_blocks
+from .blocks import changed_picture, visit_blocks
 from .conditioned_patch import ConditionedPatch
 from .degradation_condition import DegradationCondition
 from .degraded_picture import FORMS
-from .diffusion_adapter import DiffusionAdapter
+from .diffusion_adapter import DiffusionAdapter, new_lora
+from .fit import check_family, check_shapes
 from .host import inference_module, trained_operations
-from .weights_file import Weights
+from .weights_file import Weights, part_of
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -105,10 +105,7 @@ def new_weights(model: "BaseModel", codes: Weights, form: str, size: str, rank: 
     tensors = {NETWORK + name: tensor.detach() for name, tensor in network.state_dict().items()}
     tensors |= {TOKENIZER + name: tensor for name, tensor in tokenizer.for_use(codes).tensors.items()}
     tensors[DEVIATION] = torch.zeros(())
-    if rank:
-        lora = DiffusionAdapter(model, rank)
-        lora.initialise(generator)
-        tensors |= {name: tensor.detach() for name, tensor in lora.native().items()}
+    tensors |= new_lora(model, rank, generator)
     return Weights(KIND, plan.anatomy.family, config, tensors, f"the new degradation model for {plan.anatomy.family}")
 
 
@@ -118,7 +115,7 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Plan:
     Raises:
         ValueError: naming the node, the weights and both kinds, both families, or the first tensor that does not fit.
     """
-    anatomy = check_family(weights, KIND, model, node)
+    check_family(weights, KIND, model, node)
     config = weights.config
     choices = {"form": FORMS, "size": irb.SIZES, "bridge": BRIDGES, "instruction": INSTRUCTIONS}
     numbers = [config.get(name) for name in ("rank", "cell", "code_width")]
@@ -129,7 +126,7 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Plan:
         raise ValueError(f"{node}: {weights.name} describes itself as {config}, which this pack does not understand. Update the pack, or "
                          "save the file again.")
     plan = Plan.of(model, config["size"])
-    check_shapes(weights, expected_tensors(plan, weights, model), anatomy, node)
+    check_shapes(weights, expected_tensors(plan, weights, model), node)
     return plan
 
 
@@ -147,13 +144,8 @@ def expected_tensors(plan: Plan, weights: Weights, model: "BaseModel") -> dict[s
 
 def tokenizer_of(weights: Weights) -> Weights:
     """Return the tokenizer that a degradation model was made with, as far as making tokens needs it."""
-    tensors = {name.removeprefix(TOKENIZER): tensor for name, tensor in weights.tensors.items() if name.startswith(TOKENIZER)}
+    tensors = part_of(weights.tensors, TOKENIZER)
     return Weights(tokenizer.KIND, tokenizer.ANY_FAMILY, weights.config["tokenizer"], tensors, weights.name)
-
-
-def network_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Return the part of a file that is the network's."""
-    return {name.removeprefix(NETWORK): tensor for name, tensor in weights.tensors.items() if name.startswith(NETWORK)}
 
 
 def inference_patcher(weights: Weights, plan: Plan) -> "ModelPatcher":
@@ -162,7 +154,7 @@ def inference_patcher(weights: Weights, plan: Plan) -> "ModelPatcher":
     def build(**factory: Any) -> DegradationNetwork:
         return DegradationNetwork(plan, weights.config, **factory)
 
-    return weights.once(f"{KIND} {plan.anatomy.family}", lambda: inference_module(build, network_tensors(weights)))
+    return weights.once(f"{KIND} {plan.anatomy.family}", lambda: inference_module(build, part_of(weights.tensors, NETWORK)))
 
 
 def checked_instruction(weights: Weights, instruction: tokenizer.Instruction, node: str) -> Tensor:
@@ -240,17 +232,14 @@ class DegradationPatch(ConditionedPatch):
                 evaluation.context = self.network.via.embed(options[self.condition.tokens_key].to(h))
         if not self.network.tokens:
             return h + self.network.irb(site, h, evaluation.features)
-        own, rest = self._picture(h, evaluation.seen)
-        own = own + self.network.irb(site, own, evaluation.features)
-        if self.network.via is not None:
-            own = own + self.network.via(site.name, own, evaluation.context, options)
-        return own if rest is None else torch.cat([own, rest], 1)
 
-    def _picture(self, h: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Part the tokens of the picture itself from those of reference pictures behind them."""
+        def told(own: Tensor) -> Tensor:
+            own = own + self.network.irb(site, own, evaluation.features)
+            return own if self.network.via is None else own + self.network.via(site.name, own, evaluation.context, options)
+
         patch = self.plan.sites[0].scale
-        count = -(-seen.shape[-2] // patch) * -(-seen.shape[-1] // patch)
-        return (h, None) if h.shape[1] == count else (h[:, :count], h[:, count:])
+        rows, columns = (-(-side // patch) for side in evaluation.seen.shape[-2:])
+        return changed_picture(h, rows * columns, told)
 
     def _enter_attention(self, n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
         if self.condition.key in extra:

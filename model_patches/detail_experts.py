@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .daem import SIZES, DetailExperts, initialise
+from .fit import VAE_INPUT, check_shapes, check_vae_family
 from .host import inference_module, trained_operations
 from .vae_sites import VaeAnatomy, signature, vae_anatomy
-from .weights_file import Weights
+from .weights_file import Weights, part_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -53,27 +54,14 @@ def check_fit(weights: Weights, vae: "VAE", node: str) -> VaeAnatomy:
     Raises:
         ValueError: naming the node, the weights and what does not fit.
     """
-    weights.expect(KIND, node)
-    try:
-        anatomy = vae_anatomy(vae)
-    except ValueError as error:
-        raise ValueError(f"{node}: 'vae': {error}") from error
-    if weights.family != anatomy.family:
-        raise ValueError(f"{node}: {weights.name} was made for {weights.family}, and 'vae' is {anatomy.family}. "
-                         "Load the VAE it was trained on, or train experts for this one.")
+    anatomy = check_vae_family(weights, KIND, vae, node)
     size, window = weights.config.get("size"), weights.config.get("window")
     if size not in SIZES or not isinstance(window, int) or window % WINDOW_STEP or not 0 <= window <= LARGEST_WINDOW:
         raise ValueError(f"{node}: {weights.name} describes itself as {weights.config}, and a size ({', '.join(SIZES)}) and a "
                          f"window of 0 to {LARGEST_WINDOW} in steps of {WINDOW_STEP} were expected. "
                          "Update the pack, or save the file again.")
     own = signature(vae.first_stage_model)
-    wanted = {name: tensor.shape for name, tensor in _expected(anatomy, size, window).items()} | {SIGNATURE: own.shape}
-    found = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if wrong:
-        raise ValueError(f"{node}: {weights.name} does not fit 'vae' ({anatomy.family}): {wrong[0]} is "
-                         f"{_shape(found.get(wrong[0]))}, expected {_shape(wanted.get(wrong[0]))}. "
-                         "The file is incomplete or was made for another VAE of that layout.")
+    check_shapes(weights, _expected(anatomy, size, window) | {SIGNATURE: own}, node, VAE_INPUT)
     if not float(F.cosine_similarity(weights.tensors[SIGNATURE].float().cpu(), own, 0)) >= LEAST_LIKENESS:
         raise ValueError(f"{node}: {weights.name} was made for another VAE of the same layout ({anatomy.family}), such as "
                          "that of SD1.5 instead of SDXL. Load the VAE it was trained on, or train experts for this one.")
@@ -86,18 +74,9 @@ def inference_patcher(weights: Weights, anatomy: VaeAnatomy) -> "ModelPatcher":
     def build(**factory: Any) -> DetailExperts:
         return DetailExperts(anatomy.sites, weights.config["size"], weights.config["window"], **factory)
 
-    return weights.once(KIND, lambda: inference_module(build, network_tensors(weights.tensors)))
-
-
-def network_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors by the names they have in DetailExperts."""
-    return {name.removeprefix(DAEM): tensor for name, tensor in tensors.items() if name.startswith(DAEM)}
+    return weights.once(KIND, lambda: inference_module(build, part_of(weights.tensors, DAEM)))
 
 
 def _expected(anatomy: VaeAnatomy, size: str, window: int) -> dict[str, Tensor]:
     with torch.device("meta"):
         return {DAEM + name: tensor for name, tensor in DetailExperts(anatomy.sites, size, window, nn).state_dict().items()}
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else "x".join(str(side) for side in shape) or "a number"

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anatomy import self_attention
+from .host import with_lora
+from .weights_file import Weights
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
 
 PREFIX = "diffusion_model."
 
@@ -108,6 +111,27 @@ class DiffusionAdapter(nn.Module):
 def lora_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the part of a file that is LoRA."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+
+
+def new_lora(model: "BaseModel", rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA that changes nothing yet, in the host's keys; none for rank 0."""
+    if not rank:
+        return {}
+    lora = DiffusionAdapter(model, rank)
+    lora.initialise(generator)
+    return {name: tensor.detach() for name, tensor in lora.native().items()}
+
+
+def lora_of(weights: Weights) -> dict[str, Tensor]:
+    """Return the LoRA of a file in the host's keys; empty if it has none or none that would change anything."""
+    tensors = lora_tensors(weights.tensors)
+    return tensors if any(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_B.weight")) else {}
+
+
+def with_lora_of(patcher: "ModelPatcher", weights: Weights, strength: float = 1.0) -> "ModelPatcher":
+    """Return a clone with the LoRA of a file; the given patcher itself where that would change nothing."""
+    lora = lora_of(weights)
+    return with_lora(patcher, lora, strength) if lora and strength else patcher
 
 
 def _name(path: str) -> str:

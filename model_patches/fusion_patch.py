@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_patch import check_family, check_shapes
 from .anatomy import Anatomy, anatomy_of
-from .blocks import visit_entry
+from .blocks import changed_picture, visit_entry
 from .conditioned_patch import ConditionedPatch
 from .daff import DAFF, PRESETS, initialise, layout_of
-from .diffusion_adapter import DiffusionAdapter
+from .diffusion_adapter import DiffusionAdapter, new_lora
+from .fit import check_family, check_shapes
 from .host import inference_module, model_times, trained_operations
 from .lq_condition import FeatureCondition
 from .lq_encoder import check_vae, lq_encoder_tensors
 from .robust_encoder import ENCODER
-from .weights_file import Weights
+from .weights_file import Weights, part_of
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -69,9 +69,7 @@ def grown(weights: Weights, model: "BaseModel", vae: "VAE", rank: int, train_enc
     if rank and config["rank"] not in (0, rank):
         raise ValueError(f"has a LoRA of rank {config['rank']} already. Set the rank to that, or to 0 to leave it as it is.")
     if rank and not config["rank"]:
-        lora = DiffusionAdapter(model, rank)
-        lora.initialise(torch.Generator().manual_seed(seed))
-        tensors |= {name: tensor.detach() for name, tensor in lora.native().items()}
+        tensors |= new_lora(model, rank, torch.Generator().manual_seed(seed))
         config["rank"] = rank
     if train_encoder and not any(name.startswith(ENCODER) for name in tensors):
         tensors |= lq_encoder_tensors(vae)
@@ -91,7 +89,7 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
     if config.get("preset") not in PRESETS or not isinstance(config.get("single"), bool) or not whole or not numbers[0]:
         raise ValueError(f"{node}: {weights.name} describes itself as {config}, and a preset ({', '.join(PRESETS)}), features, single and "
                          "a rank were expected. Update the pack, or save the file again.")
-    check_shapes(weights, expected_tensors(anatomy, config, model), anatomy, node)
+    check_shapes(weights, expected_tensors(anatomy, config, model), node)
     return anatomy
 
 
@@ -145,17 +143,16 @@ class FusionPatch(ConditionedPatch):
     def _visit(self, x: Tensor, options: dict) -> Tensor:
         evaluation = options[self.condition.key]
         mask = self.network.weigh(evaluation.mask.to(x), x)
-        # FLUX puts the tokens of reference pictures behind those of the picture itself.
-        own, rest = (x[:, :mask.shape[1]], x[:, mask.shape[1]:]) if self.network.layout.tokens else (x, None)
-        own = own + self.strength * mask * self.network(own, evaluation.e.to(x), evaluation.time, options)
-        return own if rest is None or not rest.shape[1] else torch.cat([own, rest], 1)
+
+        def fused(own: Tensor) -> Tensor:
+            return own + self.strength * mask * self.network(own, evaluation.e.to(own), evaluation.time, options)
+
+        return changed_picture(x, mask.shape[1], fused) if self.network.layout.tokens else fused(x)
 
 
 def inference_patcher(weights: Weights, anatomy: Anatomy) -> "ModelPatcher":
     """Return the fusion of a file as a model that the host loads beside others; made once for each object of weights."""
-    tensors = {name.removeprefix(FUSION): tensor for name, tensor in weights.tensors.items() if name.startswith(FUSION)}
-
     def build(**factory: Any) -> DAFF:
         return network_of(anatomy, weights.config, **factory)
 
-    return weights.once(f"{KIND} {anatomy.family}", lambda: inference_module(build, tensors))
+    return weights.once(f"{KIND} {anatomy.family}", lambda: inference_module(build, part_of(weights.tensors, FUSION)))

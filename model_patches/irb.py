@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anatomy import PATCH, Site
+from .first_weights import fill
 
 GROUPS = 32
 
@@ -165,17 +166,10 @@ def level_widths(sites: tuple[Site, ...], measures: Measures, tokens: bool) -> d
 
 def initialise_bridge(module: nn.Module, generator: torch.Generator) -> None:
     """Fill the weights, which the host's layers leave empty: as torch would, but gates and scales are zero."""
+    fill(module, generator, one=("norm1", "norm2"))
     with torch.no_grad():
         for name, p in module.named_parameters():
-            layer = name.split(".")[-2]
-            if layer == "zero" or name.endswith("bias"):
-                p.zero_()
-            elif layer.startswith("norm"):
-                p.fill_(1)
-            else:
-                bound = p[0].numel() ** -0.5
-                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
-            if layer == "modulate":
+            if name.split(".")[-2] == "modulate":
                 third = len(p) // 3
                 p[:third].zero_()
                 p[2 * third:].zero_()

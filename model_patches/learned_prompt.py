@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import UNETS, Anatomy, anatomy_of
+from .errors import telling
+from .fit import check_family, check_finite
 from .weights_file import Weights
 
 if TYPE_CHECKING:
@@ -114,15 +116,9 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
     Raises:
         ValueError: naming the node, the weights, and both kinds, families, widths or numbers of attention modules.
     """
-    weights.expect(KIND, node)
-    try:
-        anatomy = anatomy_of(model)
+    anatomy = check_family(weights, KIND, model, node)
+    with telling(f"{node}: 'model':"):
         width = prompt_width(model)
-    except ValueError as error:
-        raise ValueError(f"{node}: 'model': {error}") from error
-    if weights.family != anatomy.family:
-        raise ValueError(f"{node}: {weights.name} was made for {weights.family}, and 'model' is {anatomy.family}. "
-                         "Load the model it was trained on, or train one for this.")
     prompts, alphas = (weights.tensors.get(name) for name in ("prompts", "alphas"))
     whole = weights.tensors.keys() == {"prompts", "alphas"}
     if not whole or prompts.ndim != 3 or len(prompts) != 1 or not prompts.shape[1] or alphas.ndim != 1:
@@ -136,6 +132,5 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
     if len(alphas) != modules:
         raise ValueError(f"{node}: {weights.name} holds {len(alphas)} alphas, and 'model' ({anatomy.family}) has {modules} attention "
                          "modules. Load the model it was trained on.")
-    if not (prompts.isfinite().all() and alphas.isfinite().all()):
-        raise ValueError(f"{node}: {weights.name} holds numbers that are not finite. Its training went wrong; take an earlier state of it.")
+    check_finite(weights, node)
     return anatomy

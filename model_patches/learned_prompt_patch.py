@@ -14,6 +14,7 @@ from .anatomy import Anatomy, anatomy_of
 from .evaluation_hooks import EvaluationHooks
 from .host import WrappersMP, free_key
 from .learned_prompt import LearnedPrompt, attention_modules
+from .percents import acts
 from .prompt_injection import Injection, Made, Term
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class _LearnedPromptPatch:
                     **kwargs: Any) -> Tensor:
         """APPLY_MODEL wrapper: evaluate the model once a pass. At equal x the average of its x0 is that of its velocities."""
         model = executor.class_obj
-        if not self._acts(model.model_sampling, t):
+        if not acts(*self.percents, model.model_sampling, t):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         run = transformer_options.get(self.key) or _Run(len(self.passes))
         total: Any = 0
@@ -150,10 +151,3 @@ class _LearnedPromptPatch:
             if model.diffusion_model.params.guidance_embed:
                 kwargs["guidance"] = torch.full((len(context),), FLUX_GUIDANCE, device=context.device)
         return context, kwargs
-
-    def _acts(self, model_sampling: Any, sigma: Tensor) -> bool:
-        """Compare as the host does for conditioning, under whatever schedule the model has by now."""
-        if self.percents == (0.0, 1.0):
-            return True
-        first, last = (float(model_sampling.percent_to_sigma(percent)) for percent in self.percents)
-        return last <= float(sigma.max()) <= first

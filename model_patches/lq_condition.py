@@ -1,6 +1,7 @@
 """The degraded picture's latent as part of the host's conditioning: batched, cropped to areas and cut to context windows with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,14 +29,8 @@ class LatentCondition:
     def sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any,
                        **kwargs: Any) -> Tensor:
         """SAMPLER_SAMPLE wrapper: every cond of this run carries the latent."""
-        before = guider.conds
-        cond = comfy.conds.CONDNoiseShape(self.fitted(noise))
-        guider.conds = {name: [{**entry, "model_conds": {**entry.get("model_conds", {}), self.key: cond}} for entry in entries or ()]
-                        for name, entries in before.items()}
-        try:
+        with conds_with(guider, {self.key: comfy.conds.CONDNoiseShape(self.fitted(noise))}):
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
-        finally:
-            guider.conds = before
 
     def fitted(self, noise: Tensor) -> Tensor:
         """Return latent and mask for a run, (B, C + 1, ...) on the noise's device; up to a cell is padded or cropped.
@@ -100,6 +95,18 @@ class FeatureCondition(LatentCondition):
         """Embed them."""
         with torch.no_grad():
             return self.embed(c_lq.to(noise.device))
+
+
+@contextmanager
+def conds_with(guider: Any, added: dict[str, Any]) -> Iterator[None]:
+    """Have every cond of a guider carry these too for as long as the context is open."""
+    before = guider.conds
+    guider.conds = {name: [{**entry, "model_conds": {**entry.get("model_conds", {}), **added}} for entry in entries or ()]
+                    for name, entries in before.items()}
+    try:
+        yield
+    finally:
+        guider.conds = before
 
 
 def _size(latent: Tensor) -> str:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import anatomy_of
+from .errors import telling
+from .fit import check_family, check_finite
 from .learned_prompt import CLIP_TOKENS, SPREAD, default_length
 from .weights_file import Weights
 
@@ -138,17 +140,12 @@ def check_fit(weights: Weights, model: "BaseModel | None", node: str) -> None:
     if not whole or tokens.ndim != 3 or len(tokens) != 1 or not tokens.shape[1]:
         found = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
         raise ValueError(f"{node}: {weights.name} holds {found}, and tokens of shape (1, L, width) were expected. Save it again.")
-    if not all(tensor.isfinite().all() for tensor in weights.tensors.values()):
-        raise ValueError(f"{node}: {weights.name} holds numbers that are not finite. Its training went wrong; take an earlier state of it.")
+    check_finite(weights, node)
     if model is None:
         return
-    try:
-        anatomy, sizes = anatomy_of(model), (context_width(model), pooled_width(model))
-    except ValueError as error:
-        raise ValueError(f"{node}: 'model': {error}") from error
-    if weights.family != anatomy.family:
-        raise ValueError(f"{node}: {weights.name} was made for {weights.family}, and 'model' is {anatomy.family}. "
-                         "Load the model it was trained on, or train one for this.")
+    anatomy = check_family(weights, KIND, model, node)
+    with telling(f"{node}: 'model':"):
+        sizes = (context_width(model), pooled_width(model))
     found = (tokens.shape[2], 0 if pooled is None else pooled.shape[1])
     if found != sizes:
         raise ValueError(f"{node}: {weights.name} has tokens and pooled text of widths {found[0]} and {found[1]}, and 'model' "

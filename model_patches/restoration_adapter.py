@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, Site
+from .first_weights import fill
 from .host import pad_to_patches
 
 TRANSFORMER_SITES = 6
@@ -165,16 +166,7 @@ class RestorationAdapter(nn.Module):
 
 def initialise(adapter: RestorationAdapter, generator: torch.Generator) -> None:
     """Fill the weights, which the host's layers leave empty: everything as torch would, only the last layers zero."""
-    with torch.no_grad():
-        for name, p in adapter.named_parameters():
-            layer = name.split(".")[-2]
-            if layer == "zero" or name.endswith("bias"):
-                p.zero_()
-            elif layer == "norm":
-                p.fill_(1)
-            else:
-                bound = p[0].numel() ** -0.5
-                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+    fill(adapter, generator)
 
 
 def _kernels(site: Site, size: str) -> tuple[int, int, int]:

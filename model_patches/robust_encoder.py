@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .host import LatentEncoder, float_copy, gradients
+from .weights_file import part_of
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -84,12 +85,12 @@ class RobustEncoder:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_dict` returned."""
-        self.module.load_state_dict({name.removeprefix(ENCODER): tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}, strict=False)
+        self.module.load_state_dict(part_of(tensors, ENCODER), strict=False)
 
 
 def _checked(vae: "VAE", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the encoder's tensors by the names they have in the VAE; the host would leave out silently what has none."""
-    encoder = {name.removeprefix(ENCODER): tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
+    encoder = part_of(tensors, ENCODER)
     known = {name: p.shape for name, p in vae.first_stage_model.named_parameters()}
     wrong = sorted(name for name, tensor in encoder.items() if known.get(name) != tensor.shape)
     if wrong:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anatomy import Site
+from .first_weights import fill
 from .host import attention
 
 if TYPE_CHECKING:
@@ -143,13 +144,8 @@ def positions(count: int, width: int) -> Tensor:
 def initialise_adapter(module: VisualInstructionAdapter, places: tuple[Attended, ...], model: "BaseModel",
                        generator: torch.Generator) -> None:
     """Copy the text attentions' weights, the first heads where there are fewer here; fill the rest as torch would, gates with zero."""
+    fill(module, generator, zero=("gate",))
     with torch.no_grad():
-        for name, p in module.named_parameters():
-            if name.endswith(("gate", "bias")):
-                p.zero_()
-            else:
-                bound = p[0].numel() ** -0.5
-                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
         layers = dict(model.diffusion_model.named_modules())
         for place in places:
             if place.path:

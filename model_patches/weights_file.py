@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ class Weights:
             ValueError: naming the node, the weights and both kinds.
         """
         if self.kind != kind:
-            raise ValueError(f"{node}: {self.name} is of the kind {_plain(self.kind)}, and this node applies the kind {_plain(kind)}. "
+            raise ValueError(f"{node}: {self.name} is of the kind {in_words(self.kind)}, and this node applies the kind {in_words(kind)}. "
                              "Connect other weights.")
 
 
@@ -100,9 +100,19 @@ def load_weights(file: Path) -> Weights:
     return Weights(metadata["mend.kind"], metadata["mend.family"], config, tensors, file.name)
 
 
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def renamed(weights: Weights, name: str) -> Weights:
     """Return the same weights under another name."""
     return replace(weights, name=name)
+
+
+def in_words(kind: str) -> str:
+    """Return what messages call a kind of weights."""
+    return kind.replace("_", " ")
 
 
 def _write(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
@@ -122,7 +132,3 @@ def _publish(temporary: Path, file: Path) -> None:
         if file.exists():
             raise FileExistsError(file) from None
         os.rename(temporary, file)
-
-
-def _plain(kind: str) -> str:
-    return kind.replace("_", " ")

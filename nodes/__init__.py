@@ -18,6 +18,7 @@ from . import (
     learned_prompt,
     lora,
     restoration_guidance,
+    returned_detail,
     training,
     training_data,
     visual_instruction,
@@ -41,5 +42,5 @@ class MendExtension(ComfyExtension):
             *lab.NODES, *zero_shot.NODES, *frame.NODES, *caption.NODES, *degradation.NODES,
             *restoration_guidance.NODES, *training_data.NODES, *training.NODES, *adapter.NODES, *lora.NODES, *weights.NODES, *bridge.NODES,
             *visual_instruction.NODES, *learned_prompt.NODES,
-            *detail_experts.NODES, *fusion.NODES, *degradation_space.NODES,
+            *detail_experts.NODES, *returned_detail.NODES, *fusion.NODES, *degradation_space.NODES,
         ]  # fmt: skip

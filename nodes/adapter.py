@@ -6,12 +6,15 @@ from torch import Tensor
 
 from comfy_api.latest import io
 
-from ..model_patches.adapter_patch import AdapterPatch, check_fit, inference_patcher, lora_of, new_weights
+from ..model_patches.adapter_patch import AdapterPatch, check_fit, inference_patcher, new_weights
+from ..model_patches.diffusion_adapter import with_lora_of
+from ..model_patches.errors import telling
 from ..model_patches.framing import rgb_pictures
-from ..model_patches.host import free_key, load_with, with_lora
+from ..model_patches.host import free_key, load_with
 from ..model_patches.lq_condition import LatentCondition
 from ..model_patches.robust_encoder import encoder_tensors, with_encoder
 from ..model_patches.weights_file import Weights
+from .inputs import percent_inputs, seed_input
 from .weights import WeightsSocket
 
 if TYPE_CHECKING:
@@ -42,10 +45,7 @@ class NewRestorationAdapter(io.ComfyNode):
                     tooltip="full: as published. small: about half of it on UNets, for small models or little memory. LoRA only: no adapters.",
                 ),
                 io.Int.Input("lora_rank", default=32, min=0, max=512, tooltip="Rank of the LoRA on self-attention. 0 leaves it out."),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Fixes the numbers it starts from. A fresh adapter changes nothing, whatever the seed.",
-                ),
+                seed_input("Fixes the numbers it starts from. A fresh adapter changes nothing, whatever the seed."),
                 io.Vae.Input(
                     "vae", optional=True,
                     tooltip="When connected, a copy of its encoder is trained along, to look through strong damage. Makes the file larger.",
@@ -62,10 +62,8 @@ class NewRestorationAdapter(io.ComfyNode):
         if SIZES[size] == "none" and vae is not None:
             raise ValueError(f"{NEW}: 'vae' is connected, but with size 'LoRA only' nothing looks at the damaged picture. "
                              "Disconnect it, or choose another size.")
-        try:
+        with telling(f"{NEW}: 'model':"):
             weights = new_weights(model.model, SIZES[size], lora_rank, seed)
-        except ValueError as error:
-            raise ValueError(f"{NEW}: 'model': {error}") from error
         if vae is not None:
             weights.tensors.update(encoder_tensors(vae))
         return io.NodeOutput(weights)
@@ -99,8 +97,7 @@ class ApplyRestorationAdapter(io.ComfyNode):
                 io.Vae.Input("vae", optional=True, tooltip="The VAE of the model, to encode the damaged picture."),
                 io.Latent.Input("latent", optional=True, tooltip="Instead of degraded and vae: the damaged picture as it was encoded."),
                 io.Mask.Input("mask", optional=True, tooltip="White where the adapter acts; black parts are left to the model."),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="When in sampling it begins to act."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="When in sampling it stops acting."),
+                *percent_inputs(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the adapter, for any sampler.")],
         )  # fmt: skip
@@ -126,8 +123,7 @@ class ApplyRestorationAdapter(io.ComfyNode):
             condition = LatentCondition(free_key(patched, "mend_adapter"), c_lq, mask, APPLY)
             AdapterPatch(network.model, anatomy, condition, strength, start_percent, end_percent).attach(patched)
             load_with(patched, condition.key, [network])
-        lora = lora_of(weights)
-        return io.NodeOutput(with_lora(patched, lora, lora_strength) if lora and lora_strength else patched)
+        return io.NodeOutput(with_lora_of(patched, weights, lora_strength))
 
     @classmethod
     def _latent(cls, weights: Weights, degraded: Tensor | None, vae: "VAE | None", latent: dict | None) -> Tensor:
@@ -140,10 +136,8 @@ class ApplyRestorationAdapter(io.ComfyNode):
             missing = "'degraded'" if degraded is None else "'vae'"
             raise ValueError(f"{APPLY}: {missing} is not connected. Connect the damaged picture and the model's VAE, or its latent instead.")
         pictures = rgb_pictures(degraded, APPLY, "degraded")
-        try:
+        with telling(f"{APPLY}: 'vae': {weights.name}"):
             encoder = with_encoder(vae, weights.tensors)
-        except ValueError as error:
-            raise ValueError(f"{APPLY}: 'vae': {weights.name} {error}") from error
         return encoder.encode(pictures)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from comfy_api.latest import io
 
+from ..model_patches.errors import telling
 from ..samplers.bridge import E_BRIDGE, NODE, PUBLISHED_SEED, STEPS, T0, YPT, Bridge, bridge_sigmas
 
 if TYPE_CHECKING:
@@ -106,10 +107,8 @@ class BridgeSigmas(io.ComfyNode):
     @classmethod
     def execute(cls, model: "ModelPatcher", t0: float, steps: int) -> io.NodeOutput:
         """Return the schedule."""
-        try:
+        with telling(f"{SIGMAS}:"):
             return io.NodeOutput(bridge_sigmas(model.get_model_object("model_sampling"), t0, steps))
-        except ValueError as error:
-            raise ValueError(f"{SIGMAS}: {error}") from error
 
 
 def _samples(latent: dict[str, Any]) -> Tensor:

@@ -10,11 +10,12 @@ from comfy_api.latest import io
 from ..degradations import limits, operators, real_esrgan
 from ..degradations.recipe import REAL_ESRGAN as REAL_ESRGAN_KIND
 from ..degradations.recipe import Recipe, Step, enlarged
+from ..model_patches.errors import telling
 from ..model_patches.framing import check_finite, check_pictures, resize, rgb_pictures
+from .inputs import seed_input
 
 MendDegradation = io.Custom("MEND_DEGRADATION")
 DEGRADE, REAL_ESRGAN = "Degrade Image", "Real-ESRGAN Degradation"
-LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def _float(name: str, default: float, step: float, tooltip: str) -> io.Input:
@@ -108,10 +109,7 @@ def _light_and_weather() -> dict[str, list[io.Input]]:
 
 
 def _seed() -> io.Input:
-    return io.Int.Input(
-        "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=True,
-        tooltip="Fixes everything random. Each further picture of a batch uses the next seed.",
-    )  # fmt: skip
+    return seed_input("Fixes everything random. Each further picture of a batch uses the next seed.")
 
 
 def _words_input() -> io.Input:
@@ -236,11 +234,8 @@ class RealESRGANDegradation(io.ComfyNode):
 
 
 def _appended(before: Recipe | None, kind: str, settings: dict[str, Any], node: str) -> Recipe:
-    try:
+    with telling(f"{node}:"):  # the host checks the ranges of widgets, but not of what is linked to them
         step = Step.of(kind, settings)
-    except ValueError as error:
-        # The host checks the ranges of widgets, but not of what is linked to them.
-        raise ValueError(f"{node}: {error}") from error
     return (before or Recipe()).then(step)
 
 

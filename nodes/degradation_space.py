@@ -8,7 +8,6 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..model_patches import degradation_tokenizer as tokenizer
-from ..model_patches.adapter_patch import lora_of
 from ..model_patches.degradation_condition import DegradationCondition
 from ..model_patches.degradation_model import (
     DEVIATION,
@@ -20,12 +19,15 @@ from ..model_patches.degradation_model import (
     new_weights,
 )
 from ..model_patches.degraded_picture import ATTACHMENT, Degradation, DegradedPicture
+from ..model_patches.diffusion_adapter import with_lora_of
+from ..model_patches.errors import telling
 from ..model_patches.framing import check_finite, rgb_pictures
-from ..model_patches.host import WrappersMP, free_key, load_with, with_lora
+from ..model_patches.host import WrappersMP, free_key, load_with
 from ..model_patches.irb import SIZES
 from ..model_patches.weights_file import Weights
 from ..samplers.degradation_space import NODE as SAMPLER
 from ..samplers.degradation_space import DegradationSpaceSampler, degradation_of, demand_degradation_space
+from .inputs import percent_inputs, seed_input
 from .visual_instruction import MendInstruction
 from .weights import WeightsSocket
 
@@ -65,10 +67,7 @@ class NewDegradationModel(io.ComfyNode):
                     tooltip="full: as wide as the model. small: half as wide, for small models or little memory.",
                 ),
                 io.Int.Input("lora_rank", default=32, min=0, max=512, tooltip="Rank of the LoRA on self-attention. 0 leaves it out."),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Fixes the numbers it starts from. A fresh one changes nothing, whatever the seed.",
-                ),
+                seed_input("Fixes the numbers it starts from. A fresh one changes nothing, whatever the seed."),
             ],
             outputs=[WeightsSocket.Output(display_name="weights", tooltip="The untrained degradation model, for Train.")],
         )  # fmt: skip
@@ -114,12 +113,7 @@ class ApplyDegradationDiffusion(io.ComfyNode):
                 io.Mask.Input(
                     "mask", optional=True, tooltip="White where damage is removed. Black parts keep the picture as it is, to the bit."
                 ),
-                io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="When in sampling it begins to act."
-                ),
-                io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="When in sampling it stops acting."
-                ),
+                *percent_inputs(),
             ],
             outputs=[
                 io.Model.Output(
@@ -147,8 +141,7 @@ class ApplyDegradationDiffusion(io.ComfyNode):
         DegradationPatch(network.model, plan, condition, start_percent, end_percent).attach(patched)
         patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, f"{condition.key}_space", demand_degradation_space)
         load_with(patched, condition.key, [network])
-        lora = lora_of(weights)
-        patched = with_lora(patched, lora, 1.0) if lora else patched
+        patched = with_lora_of(patched, weights)
         deviation = float(weights.tensors[DEVIATION])
         patched.set_attachments(ATTACHMENT, Degradation(picture, weights.config["form"], deviation, strength, _usable(mask, picture)))
         return io.NodeOutput(patched)
@@ -219,10 +212,8 @@ class RemoveDegradation(io.ComfyNode):
 
 def _fresh(model: "ModelPatcher", codes: Weights, form: str, size: str, rank: int, seed: int) -> Weights:
     tokenizer.check_fit(codes, NEW)
-    try:
+    with telling(f"{NEW}: 'model':"):
         return new_weights(model.model, codes, form, size, rank, seed)
-    except ValueError as error:
-        raise ValueError(f"{NEW}: 'model': {error}") from error
 
 
 def _usable(mask: Tensor | None, picture: DegradedPicture) -> Tensor | None:

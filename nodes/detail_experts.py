@@ -9,8 +9,10 @@ from comfy_api.latest import io
 from ..model_patches.daem import SIZES
 from ..model_patches.detail_decoder import decode_with_experts
 from ..model_patches.detail_experts import LARGEST_WINDOW, LATENTS, WINDOW_STEP, new_weights
+from ..model_patches.errors import telling
 from ..model_patches.framing import rgb_pictures
 from ..model_patches.weights_file import Weights
+from .inputs import seed_input
 from .weights import WeightsSocket
 
 if TYPE_CHECKING:
@@ -39,10 +41,7 @@ class NewDetailExperts(io.ComfyNode):
                 io.Combo.Input(
                     "size", options=list(SIZES), default="full", tooltip="full: as wide as the decoder. lite: half of it, faster."
                 ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Fixes the numbers they start from. Fresh experts change nothing, whatever the seed.",
-                ),
+                seed_input("Fixes the numbers they start from. Fresh experts change nothing, whatever the seed."),
                 io.Int.Input(
                     "window", default=128, min=0, max=LARGEST_WINDOW, step=WINDOW_STEP, advanced=True,
                     tooltip="Side in pixels of the parts of a picture that get an expert each. 0: one expert for the whole picture, as "
@@ -64,10 +63,8 @@ class NewDetailExperts(io.ComfyNode):
     @classmethod
     def execute(cls, vae: "VAE", size: str, seed: int, window: int, latents: str, perceptual: float) -> io.NodeOutput:
         """Return fresh weights."""
-        try:
+        with telling(f"{NEW}: 'vae':"):
             return io.NodeOutput(new_weights(vae, size, window - window % WINDOW_STEP, seed, latents, perceptual))
-        except ValueError as error:
-            raise ValueError(f"{NEW}: 'vae': {error}") from error
 
 
 class DecodeWithDetailExperts(io.ComfyNode):

@@ -6,15 +6,17 @@ from torch import Tensor
 
 from comfy_api.latest import io
 
-from ..model_patches.adapter_patch import lora_of
 from ..model_patches.daff import PRESETS
+from ..model_patches.diffusion_adapter import with_lora_of
 from ..model_patches.encoder_features import feature_channels
+from ..model_patches.errors import telling
 from ..model_patches.framing import rgb_pictures
 from ..model_patches.fusion_patch import FusionPatch, check_fit, grown, inference_patcher, new_fusion
-from ..model_patches.host import free_key, load_with, with_lora
+from ..model_patches.host import free_key, load_with
 from ..model_patches.lq_condition import FeatureCondition
 from ..model_patches.lq_encoder import check_vae, lq_features
 from ..model_patches.weights_file import Weights
+from .inputs import percent_inputs, seed_input
 from .weights import WeightsSocket
 
 if TYPE_CHECKING:
@@ -54,10 +56,7 @@ class NewFusion(io.ComfyNode):
                     tooltip="Train a copy of the VAE's encoder along, at a tenth of the rate: the paper's second stage. Makes the file "
                     "larger.",
                 ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Fixes the numbers it starts from. A fresh fusion changes nothing, whatever the seed.",
-                ),
+                seed_input("Fixes the numbers it starts from. A fresh fusion changes nothing, whatever the seed."),
                 WeightsSocket.Input(
                     "weights", optional=True,
                     tooltip="A fusion from the first stage. It keeps what it has learned, its preset too, and gets the LoRA and the "
@@ -74,21 +73,13 @@ class NewFusion(io.ComfyNode):
         """Return fresh weights, or given ones with more to train."""
         if weights is not None:
             check_fit(weights, model.model, NEW)
-            name = weights.name
-        try:
+        with telling(f"{NEW}: 'vae':"):
             features = feature_channels(vae)
-        except ValueError as error:
-            raise ValueError(f"{NEW}: 'vae': {error}") from error
         if weights is None:
-            try:
+            with telling(f"{NEW}: 'model':"):
                 weights = new_fusion(model.model, features, preset, seed)
-            except ValueError as error:
-                raise ValueError(f"{NEW}: 'model': {error}") from error
-            name = weights.name
-        try:
+        with telling(f"{NEW}: {weights.name}"):
             return io.NodeOutput(grown(weights, model.model, vae, lora_rank, train_encoder, seed))
-        except ValueError as error:
-            raise ValueError(f"{NEW}: {name} {error}") from error
 
 
 class ApplyFusion(io.ComfyNode):
@@ -120,14 +111,7 @@ class ApplyFusion(io.ComfyNode):
                     "lora_strength", default=1.0, min=-2.0, max=2.0, step=0.01, advanced=True,
                     tooltip="Strength of the LoRA, if one was trained along.",
                 ),
-                io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="When in sampling it begins to act.",
-                ),
-                io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="When in sampling it stops acting.",
-                ),
+                *percent_inputs(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the fusion, for any sampler.")],
         )  # fmt: skip
@@ -143,17 +127,14 @@ class ApplyFusion(io.ComfyNode):
         if strength == 0:
             return io.NodeOutput(patched)
         pictures = rgb_pictures(degraded, APPLY, "degraded")
-        try:
+        with telling(f"{APPLY}: 'vae': {weights.name}"):
             check_vae(vae, weights.config["features"])
             features = lq_features(vae, pictures, weights.tensors)
-        except ValueError as error:
-            raise ValueError(f"{APPLY}: 'vae': {weights.name} {error}") from error
         network = inference_patcher(weights, anatomy)
         condition = FeatureCondition(free_key(patched, "mend_fusion"), features, mask, APPLY, network.model.embed)
         FusionPatch(network.model, anatomy, condition, strength, start_percent, end_percent).attach(patched)
         load_with(patched, condition.key, [network])
-        lora = lora_of(weights)
-        return io.NodeOutput(with_lora(patched, lora, lora_strength) if lora and lora_strength else patched)
+        return io.NodeOutput(with_lora_of(patched, weights, lora_strength))
 
 
 NODES = [NewFusion, ApplyFusion]

@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..model_patches import learned_prompt, prompt_conditioning
+from ..model_patches.errors import telling
 from ..model_patches.learned_prompt import LearnedPrompt
 from ..model_patches.learned_prompt_patch import AVERAGE, NODE, SUM, attach_blend, attach_prompt
 from ..model_patches.prompt_conditioning import PromptConditioning, conditioning_of
@@ -14,6 +15,7 @@ from ..model_patches.weights_file import Weights
 from ..samplers.bridge import T0
 from ..training import kinds
 from ..training.trainee import Models
+from .inputs import percent_inputs, seed_input
 from .weights import WeightsSocket
 
 if TYPE_CHECKING:
@@ -24,15 +26,6 @@ NEW, APPLY, BLEND, TELL = "New Learned Prompt", NODE, "Blend Learned Prompts", "
 ATTENTION, TEXT = "in the attention", "in place of the text"
 FORMS = {ATTENTION: learned_prompt.KIND, TEXT: prompt_conditioning.KIND}
 SLOTS = (1, 2, 3, 4)
-
-
-def _percents() -> list[io.Input]:
-    return [
-        io.Float.Input(
-            "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="When in sampling it begins to act."
-        ),
-        io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="When in sampling it stops acting."),
-    ]
 
 
 class NewLearnedPrompt(io.ComfyNode):
@@ -60,10 +53,7 @@ class NewLearnedPrompt(io.ComfyNode):
                     tooltip="How many tokens it has. 0: as many as an empty text of this family, 512 on FLUX, 226 on WAN, 77 on SD and "
                     "SDXL.",
                 ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Fixes the numbers it starts from.",
-                ),
+                seed_input("Fixes the numbers it starts from."),
                 io.Clip.Input(
                     "clip", optional=True,
                     tooltip="Text encoder, for a prompt in place of the text: it then starts near the empty text instead of at random.",
@@ -80,10 +70,8 @@ class NewLearnedPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, model: "ModelPatcher", form: str, length: int, seed: int, clip: "CLIP | None" = None, t0: float = T0) -> io.NodeOutput:
         """Return fresh weights."""
-        try:
+        with telling(f"{NEW}:"):
             return io.NodeOutput(kinds.new_weights(FORMS[form], Models(model, clip), {"length": length, "seed": seed, "t0": t0}))
-        except ValueError as error:
-            raise ValueError(f"{NEW}: {error}") from error
 
 
 class ApplyLearnedPrompt(io.ComfyNode):
@@ -106,7 +94,7 @@ class ApplyLearnedPrompt(io.ComfyNode):
                     "strength", default=1.0, min=0.0, max=2.0, step=0.01,
                     tooltip="How strongly it acts. 0 is the model itself; above 1 damage may be overcorrected.",
                 ),
-                *_percents(),
+                *percent_inputs(),
             ],
             outputs=[
                 io.Model.Output(
@@ -164,7 +152,7 @@ class BlendLearnedPrompts(io.ComfyNode):
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=2.0, step=0.01, tooltip="How strongly all of them act. 0 is the model itself."
                 ),
-                *_percents(),
+                *percent_inputs(),
                 *_optional_slots(),
             ],
             outputs=[

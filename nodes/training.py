@@ -22,9 +22,10 @@ from ..training.checkpoint import TrainingError, open_run
 from ..training.loop import Progress, describe_run, train
 from ..training.pairs import Pairs
 from ..training.report import progress_line, report
-from ..training.settings import LARGEST_SEED, PRECISIONS, SCHEDULES, Settings
+from ..training.settings import PRECISIONS, SCHEDULES, Settings
 from ..training.state import Validation
 from ..training.trainee import Models
+from .inputs import seed_input
 from .training_data import MendPairs
 from .weights import WeightsSocket
 
@@ -60,10 +61,7 @@ def _basic_inputs() -> list[io.Input]:
             tooltip="Folder in output/mend_training for checkpoints and validation pictures. Other settings under the same name get a new "
             "folder.",
         ),
-        io.Int.Input(
-            "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=io.ControlAfterGenerate.fixed,
-            tooltip="Fixes everything random. Leave it as it is to go on with a run; another seed begins a new one.",
-        ),
+        seed_input("Fixes everything random. Leave it as it is to go on with a run; another seed begins a new one.", fixed=True),
     ]  # fmt: skip
 
 

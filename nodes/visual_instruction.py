@@ -18,16 +18,12 @@ from ..model_patches.degradation_tokenizer import Instruction, blended, instruct
 from ..model_patches.weights_file import Weights
 from ..training.degradation_estimator import new_estimator
 from ..training.degradation_tokenizer import new_tokenizer
+from .inputs import seed_input
 from .weights import WeightsSocket
 
 MendInstruction = io.Custom("MEND_INSTRUCTION")
 GROUND, ENCODE, BLEND = "Visual Ground", "Encode Visual Instruction", "Blend Visual Instructions"
 ESTIMATE, NEW_ESTIMATOR = "Estimate Visual Instruction", "New Degradation Estimator"
-LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
-
-
-def _seed(tooltip: str) -> io.Input:
-    return io.Int.Input("seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=io.ControlAfterGenerate.fixed, tooltip=tooltip)
 
 
 class VisualGround(io.ComfyNode):
@@ -44,7 +40,7 @@ class VisualGround(io.ComfyNode):
             "Degrade Image as your picture was damaged, and Encode Visual Instruction makes an instruction of the difference.",
             search_aliases=["test chart", "resolution chart", "siemens star", "dead leaves", "colour checker", "color chart", "defusion"],
             inputs=[
-                _seed("Decides which tiles there are, and where."),
+                seed_input("Decides which tiles there are, and where.", fixed=True),
                 io.Int.Input(
                     "size", default=256, min=SMALLEST, max=2048,
                     tooltip="Side of the chart in pixels. Use the one the tokenizer was trained with: 256, or 128 for the lab's.",
@@ -199,7 +195,7 @@ class NewDegradationTokenizer(io.ComfyNode):
                     tooltip="Learn against a critic too, from step 10000 on (lab: 500), so that noise and texture are kept. Costs some "
                     "time.",
                 ),
-                _seed("Fixes the numbers it starts from."),
+                seed_input("Fixes the numbers it starts from.", fixed=True),
             ],
             outputs=[WeightsSocket.Output(display_name="weights", tooltip="The untrained tokenizer, for Train.")],
         )  # fmt: skip
@@ -227,7 +223,7 @@ class NewDegradationEstimator(io.ComfyNode):
                 WeightsSocket.Input(
                     "weights", tooltip="A trained degradation tokenizer. The estimator's instructions fit models that use the same."
                 ),
-                _seed("Decides the chart of the bank, and the numbers it starts from."),
+                seed_input("Decides the chart of the bank, and the numbers it starts from.", fixed=True),
             ],
             outputs=[WeightsSocket.Output(display_name="weights", tooltip="The untrained estimator, for Train.")],
         )  # fmt: skip

@@ -8,6 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..model_patches import folders
+from ..model_patches.errors import telling
 from ..model_patches.published_prompt import load_file
 from ..model_patches.weights_file import Weights, save_weights
 
@@ -44,10 +45,8 @@ class LoadWeights(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         """Return the weights."""
-        try:
+        with telling(f"{LOAD}:"):
             return io.NodeOutput(load_file(Path(folder_paths.get_full_path(folders.MEND, file) or file)))
-        except ValueError as error:
-            raise ValueError(f"{LOAD}: {error}") from error
 
 
 class SaveWeights(io.ComfyNode):

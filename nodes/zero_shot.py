@@ -19,6 +19,7 @@ from ..samplers.posterior_guidance import Posterior
 from ..samplers.presets import ALIGNMENTS
 from ..samplers.quality import Quality
 from ..samplers.recurrence import RecurrentSampler
+from .inputs import seed_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -289,10 +290,7 @@ class NoiseMatchedStart(io.ComfyNode):
                     tooltip="Share of noise to start from even if the picture has less, like denoise: the more, the more the model may "
                     "change.",
                 ),
-                io.Int.Input(
-                    "noise_seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the noise that is added.",
-                ),
+                seed_input("Seed of the noise that is added.", fixed=True, name="noise_seed"),
             ],
             outputs=[
                 io.Noise.Output(display_name="noise", tooltip="For SamplerCustomAdvanced: what the picture lacks."),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model_patches.framing import pad_to
-from ..model_patches.host import encode_video, initial_noise, sigma_at
+from ..model_patches.host import encode_pictures, initial_noise, sigma_at
 from .first_guess import noise_level
 
 if TYPE_CHECKING:
@@ -31,14 +31,13 @@ def latent_noise(patcher: "ModelPatcher", vae: "VAE", picture: Tensor) -> float:
         vae: encodes.
         picture: (1, H, W, 3) in 0..1.
     """
-    into = patcher.get_model_object("process_latent_in")
     cell = vae.spacial_compression_encode()
     picture = pad_to(picture.cpu().float(), tuple(-(-side // cell) * cell for side in picture.shape[1:3]))
     grain = noise_level(picture.movedim(-1, 1))
     probe = max(grain, LEAST_PROBE)
     noisy = picture + probe * torch.randn(picture.shape, generator=torch.Generator().manual_seed(PROBE_SEED))
-    change = into(encode_video(vae, noisy)) - into(encode_video(vae, picture))
-    return float(change.detach().float().std(unbiased=False)) * grain / probe
+    change = encode_pictures(vae, patcher.model, noisy) - encode_pictures(vae, patcher.model, picture)
+    return float(change.detach().std(unbiased=False)) * grain / probe
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from ..degradations.visual_ground import visual_ground
 from ..model_patches import degradation_tokenizer as tokenizer
 from ..model_patches.degradation_estimator import BANK, NETWORK, EstimatorNetwork, check_fit, level_counts, new_weights
 from ..model_patches.host import torch_device, trained_operations
-from ..model_patches.weights_file import Weights, load_weights
+from ..model_patches.weights_file import Weights, load_weights, part_of
 from .seeding import mixed
-from .trainee import Batch, Models
+from .trainee import NODE, Batch, Models
 
-NODE = "Train"
 # How often a sample has no damage, and how often a further kind when it has one.
 CLEAN, MORE = 0.1, 0.3
 PLACE = 0.5
@@ -113,7 +112,7 @@ class DegradationEstimatorTrainee:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_dict` returned."""
-        self.network.load_state_dict({name.removeprefix(NETWORK): tensor for name, tensor in tensors.items() if name.startswith(NETWORK)})
+        self.network.load_state_dict(part_of(tensors, NETWORK))
         self.bank = tensors[BANK]
 
     def _sample(self, picture: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Training of degradation diffusion (Defusion, arXiv 2506.16960): bridge, adapter and LoRA learn the damage that an instruction shows."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +20,23 @@ from ..model_patches.degradation_model import (
     DegradationPatch,
     check_cell,
     check_fit,
-    network_tensors,
     new_weights,
     tokenizer_of,
 )  # fmt: skip
 from ..model_patches.degraded_picture import ATTACHMENT, FORMS, Degradation, DegradedPicture, Residuals
 from ..model_patches.diffusion_adapter import DiffusionAdapter, lora_tensors
-from ..model_patches.host import for_training, interrupt_point, is_flow, trained_operations, unshared_norm_inputs
+from ..model_patches.host import for_training, interrupt_point, is_flow, trained_operations
 from ..model_patches.host import sample_with as host_sample
 from ..model_patches.irb import SIZES
-from ..model_patches.weights_file import Weights, load_weights
+from ..model_patches.weights_file import Weights, load_weights, part_of
 from ..samplers.degradation_space import DegradationSpaceSampler
 from .denoising import Denoising
 from .seeding import generator
-from .trainee import Batch, Models
+from .trainee import NODE, Batch, Models
 
 if TYPE_CHECKING:
     from .feed import Pairs
 
-NODE = "Train"
 CLEAN, OTHER = 0.1, 0.1
 MEASURED = 64
 MEASURED_AT_ONCE = 4
@@ -130,14 +128,9 @@ class DegradationTrainee:
         self.residuals = Residuals(self.config["form"], models.vae, models.model.model)
         patched = for_training(models.model)
         DegradationPatch(self.network, self.plan, self.condition).attach(patched)
-        with ExitStack() as stack:
-            self.denoising = ResidualDenoising(models, patched)
-            for part in (self.network, self.lora, self.encoder):
-                if part is not None:
-                    part.to(patched.load_device)
-            if self.lora is not None:
-                stack.enter_context(self.lora.hooked(patched.model))
-            stack.enter_context(unshared_norm_inputs(patched.model.diffusion_model))
+        self.denoising = ResidualDenoising(models, patched)
+        self.encoder.to(patched.load_device)
+        with self.denoising.learning(self.network, self.lora):
             yield
 
     def prepare(self, pairs: "Pairs", seed: int) -> None:
@@ -202,7 +195,7 @@ class DegradationTrainee:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_dict` returned."""
-        self.network.load_state_dict(network_tensors(Weights(KIND, self.family, self.config, tensors)))
+        self.network.load_state_dict(part_of(tensors, NETWORK))
         self.deviation = float(tensors[DEVIATION])
         if self.lora is not None:
             self.lora.load_native(lora_tensors(tensors))

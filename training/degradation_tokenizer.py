@@ -22,9 +22,8 @@ from ..model_patches.perceptual import Perceptual, vgg16_weights
 from ..model_patches.robust_encoder import RobustEncoder
 from ..model_patches.weights_file import Weights
 from .seeding import mixed
-from .trainee import Batch, Models
+from .trainee import NODE, Batch, Models
 
-NODE = "Train"
 BETA = 0.25
 EVENNESS, SOFTNESS = 0.1, 0.05
 TEXTURE, ADVERSARIAL = 0.5, 0.8

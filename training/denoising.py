@@ -1,19 +1,23 @@
 """Denoising objectives: the user's frozen model is shown noised latents, and what it says of them is compared with what is true."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..model_patches.diffusion_adapter import DiffusionAdapter
 from ..model_patches.host import (
     batched_conds,
+    encode_pictures,
     evaluate,
     is_flow,
     keep_loaded_for_training,
     loaded_for_training,
     model_conds,
     output_slope,
+    unshared_norm_inputs,
 )
 from .trainee import Models
 
@@ -24,7 +28,7 @@ class Denoising:
     """A frozen model and the texts it is told, for as long as something is trained on it.
 
     Args:
-        models: MODEL and, unless all texts are empty conditioning, CLIP.
+        models: MODEL; CLIP, unless all texts are empty conditioning; VAE for `encode` and `decode`.
         patched: the model with the trainee's patches, loaded for training.
     """
 
@@ -41,6 +45,24 @@ class Denoising:
             with torch.no_grad():
                 self.encoded[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         return self.encoded[text]
+
+    @contextmanager
+    def learning(self, network: nn.Module | None, lora: DiffusionAdapter | None = None) -> Iterator[None]:
+        """Have a network and a LoRA learn on the model for as long as the context is open: on its device, the LoRA in its layers."""
+        for part in (network, lora):
+            if part is not None:
+                part.to(self.patched.load_device)
+        with nullcontext() if lora is None else lora.hooked(self.patched.model), unshared_norm_inputs(self.patched.model.diffusion_model):
+            yield
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Return the latents of pictures (B, H, W, 3) in 0..1 as the model sees them."""
+        with torch.no_grad():
+            return encode_pictures(self.models.vae, self.models.model.model, pictures).to(self.patched.load_device)
+
+    def decode(self, latents: Tensor, like: Tensor) -> Tensor:
+        """Return the pictures in 0..1 of latents as a sampler returns them, shaped like pictures (B, H, W, 3)."""
+        return self.models.vae.decode(latents).reshape(-1, *like.shape[1:]).clamp(0, 1).cpu()
 
     def x0(self, x: Tensor, sigma: Tensor, texts: Sequence[str], extra: dict[str, Tensor]) -> Tensor:
         """Return the clean latents the model predicts.

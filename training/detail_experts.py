@@ -16,16 +16,15 @@ from torch.amp import autocast
 from ..model_patches import folders
 from ..model_patches.daem import SIZES, DetailExperts
 from ..model_patches.detail_decoder import ExpertRun
-from ..model_patches.detail_experts import DAEM, LARGEST_WINDOW, LATENTS, SIGNATURE, WINDOW_STEP, check_fit, network_tensors, new_weights
+from ..model_patches.detail_experts import DAEM, LARGEST_WINDOW, LATENTS, SIGNATURE, WINDOW_STEP, check_fit, new_weights
 from ..model_patches.experts import KERNELS, balance
 from ..model_patches.host import float_copy, trained_operations
 from ..model_patches.perceptual import Perceptual, vgg16_weights
 from ..model_patches.vae_sites import skips
-from ..model_patches.weights_file import Weights
+from ..model_patches.weights_file import Weights, part_of
 from ..model_patches.window_grid import Windows
-from .trainee import Batch, Models
+from .trainee import NODE, Batch, Models
 
-NODE = "Train"
 SSIM_WEIGHT, BALANCE_WEIGHT, SSIM_WINDOW = 0.2, 0.01, 11
 # Latents are never quite clean: a restorer's differ by noise of up to this part of their deviation.
 LATENT_NOISE = 0.1
@@ -137,7 +136,7 @@ class DetailExpertsTrainee:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_dict` returned."""
-        self.network.load_state_dict(network_tensors(tensors))
+        self.network.load_state_dict(part_of(tensors, DAEM))
 
     def _distance(self, restored: Tensor, clean: Tensor) -> tuple[Tensor, dict[str, float]]:
         from kornia.metrics import ssim

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model_patches.anatomy import anatomy_of
 from ..model_patches.daff import PRESETS
-from ..model_patches.diffusion_adapter import DiffusionAdapter, lora_tensors
+from ..model_patches.diffusion_adapter import DiffusionAdapter
 from ..model_patches.encoder_features import feature_channels
+from ..model_patches.errors import telling
 from ..model_patches.fusion_patch import FUSION, FusionPatch, check_fit, grown, network_of, new_fusion
 from ..model_patches.host import for_training, trained_operations
 from ..model_patches.lq_condition import FeatureCondition, LatentCondition
 from ..model_patches.lq_encoder import LQEncoder, check_vae, frozen_features
 from ..model_patches.robust_encoder import ENCODER
 from ..model_patches.weights_file import Weights, load_weights
-from .restoration_adapter import NODE, RestorationAdapterTrainee
-from .trainee import Batch, Models
+from .restoration_adapter import RestorationAdapterTrainee
+from .trainee import NODE, Batch, Models
 
 TEXT_DROP = 0.2
 # Learning rate of the LQ encoder beside that of the rest.
@@ -51,10 +51,8 @@ def fresh_fusion(models: Models, config: Mapping[str, Any]) -> Weights:
         check_fit(weights, model, "start")
     else:
         weights = new_fusion(model, feature_channels(models.vae), given["preset"], given["seed"], given["single"])
-    try:
+    with telling(weights.name):
         return grown(weights, model, models.vae, given["rank"], given["train_encoder"], given["seed"])
-    except ValueError as error:
-        raise ValueError(f"{weights.name} {error}") from error
 
 
 class FusionTrainee(RestorationAdapterTrainee):
@@ -68,19 +66,18 @@ class FusionTrainee(RestorationAdapterTrainee):
         ValueError: when a model is missing or the weights do not fit it.
     """
 
+    PREFIX = FUSION
+
     def __init__(self, weights: Weights, models: Models) -> None:
         models.require_all(NODE, "A fusion")
-        check_fit(weights, models.model.model, NODE)
+        self.models, self.anatomy = models, check_fit(weights, models.model.model, NODE)
         self.kind, self.family, self.config = weights.kind, weights.family, weights.config
-        self.models, self.anatomy = models, anatomy_of(models.model.model)
         self.network = network_of(self.anatomy, self.config, operations=trained_operations)
         self.lora = DiffusionAdapter(models.model.model, self.config["rank"]) if self.config["rank"] else None
         learns = any(name.startswith(ENCODER) for name in weights.tensors)
-        try:
+        with telling(f"{NODE}: 'vae': {weights.name}"):
             check_vae(models.vae, self.config["features"])
             self.encoder = LQEncoder(models.vae, models.model.model, weights.tensors) if learns else None
-        except ValueError as error:
-            raise ValueError(f"{NODE}: 'vae': {weights.name} {error}") from error
         self.load_state_dict(weights.tensors)
 
     def rate_factors(self) -> Iterator[float]:
@@ -97,26 +94,12 @@ class FusionTrainee(RestorationAdapterTrainee):
             texts.append("" if dropped else caption or words)
         e = self.network.embed(self._features(batch.degraded))
         extra = {self.condition.key: torch.cat([e, torch.ones_like(e[:, :1])], 1)}
-        loss = self.denoising.loss(self._encode(batch.clean), texts, generators, extra, absolute=True)
+        loss = self.denoising.loss(self.denoising.encode(batch.clean), texts, generators, extra, absolute=True)
         return loss, {"denoising": float(loss.detach())}
 
     def restoring(self, pictures: Tensor) -> Any:
         """The model as it restores these pictures (B, H, W, 3), for any sampler, while this trainee is attached."""
         return self._conditioned(FeatureCondition("mend_validation", self._features(pictures), None, NODE, self.network.embed))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights as they stand in a file."""
-        tensors = {FUSION + name: tensor for name, tensor in self.network.state_dict().items()}
-        tensors |= self.encoder.state_dict() if self.encoder is not None else {}
-        return tensors | (self.lora.native() if self.lora is not None else {})
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state_dict` returned."""
-        self.network.load_state_dict({name.removeprefix(FUSION): tensor for name, tensor in tensors.items() if name.startswith(FUSION)})
-        if self.lora is not None:
-            self.lora.load_native(lora_tensors(tensors))
-        if self.encoder is not None:
-            self.encoder.load(tensors)
 
     def _conditioned(self, condition: LatentCondition) -> Any:
         patched = for_training(self.models.model)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..model_patches.weights_file import Weights
+from ..model_patches.weights_file import Weights, in_words
 from .trainee import Models, Trainee
 
 
@@ -77,6 +77,6 @@ def new_weights(kind: str, models: Models, config: Mapping[str, Any]) -> Weights
 
 def _known(kind: str) -> Kind:
     if kind not in KINDS:
-        raise ValueError(f"weights of the kind {kind.replace('_', ' ')} cannot be trained; there are "
+        raise ValueError(f"weights of the kind {in_words(kind)} cannot be trained; there are "
                          f"{', '.join(sorted(KINDS)) or 'none yet'}.")
     return KINDS[kind]

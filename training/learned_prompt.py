@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from ..model_patches import prompt_conditioning
 from ..model_patches.anatomy import anatomy_of
+from ..model_patches.errors import telling
 from ..model_patches.evaluation_hooks import EvaluationHooks
-from ..model_patches.host import encode_pictures, for_training, sample_schedule, unshared_norm_inputs, with_text_length
+from ..model_patches.host import for_training, sample_schedule, with_text_length
 from ..model_patches.learned_prompt import SPREAD, LearnedPrompt, check_fit, new_prompt
 from ..model_patches.learned_prompt_patch import attach_prompt
 from ..model_patches.prompt_conditioning import PromptConditioning, conditioning_of, new_conditioning
-from ..model_patches.weights_file import Weights
+from ..model_patches.weights_file import Weights, in_words
 from ..samplers.bridge import Bridge, bridge_sigmas
 from .bridge import BridgeObjective
 from .denoising import Denoising
-from .trainee import Batch, Models
+from .trainee import NODE, Batch, Models
 
-NODE = "Train"
 # The alphas multiply whole tokens: they need steps of their own size.
 ALPHA_RATE = 10.0
 VALIDATION_STEPS = 8
@@ -91,13 +91,11 @@ class BridgeTrainee(ABC):
         for name in self.NEEDS:
             if getattr(models, name) is None:
                 needed = " and ".join(self.NEEDS)
-                raise ValueError(f"{NODE}: '{name}' is not connected. A {_plain(weights.kind)} needs {needed} to learn on.")
+                raise ValueError(f"{NODE}: '{name}' is not connected. A {in_words(weights.kind)} needs {needed} to learn on.")
         self.kind, self.family, self.config = weights.kind, weights.family, weights.config
-        try:
+        with telling(f"{NODE}: {weights.name}:"):
             self.objective = BridgeObjective.of(weights.config)
             self.objective.path(models.model.get_model_object("model_sampling"))
-        except ValueError as error:
-            raise ValueError(f"{NODE}: {weights.name}: {error}") from error
 
     @abstractmethod
     def _module(self) -> nn.Module:
@@ -118,17 +116,16 @@ class BridgeTrainee(ABC):
     def attach(self, models: Models) -> Iterator[None]:
         """Hang it on the model."""
         self.models, self.patched = models, for_training(models.model)
-        self._module().to(self.patched.load_device)
         self.denoising = self._hang(models, self.patched)
         try:
-            with unshared_norm_inputs(self.patched.model.diffusion_model):
+            with self.denoising.learning(self._module()):
                 yield
         finally:
             self._let_go()
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, float]]:
         """Ask for the clean latents from states on the bridge."""
-        clean, degraded = self._encode(batch.clean), self._encode(batch.degraded)
+        clean, degraded = self.denoising.encode(batch.clean), self.denoising.encode(batch.degraded)
         loss = self.objective.loss(self.denoising, clean, degraded, [""] * len(clean), generators)
         return loss, {"bridge": float(loss.detach())}
 
@@ -140,7 +137,7 @@ class BridgeTrainee(ABC):
         for latent, generator in zip(self._raw(batch.degraded).split(1), generators):
             noise = torch.randn(latent.shape, generator=generator)
             rows.append(sample_schedule(self.patched, self.denoising.conditioning(""), noise, Bridge().sampler(), sigmas, latent.cpu()))
-        return self.models.vae.decode(torch.cat(rows)).reshape(-1, *batch.clean.shape[1:]).clamp(0, 1).cpu()
+        return self.denoising.decode(torch.cat(rows), batch.clean)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights as they stand in a file."""
@@ -151,11 +148,7 @@ class BridgeTrainee(ABC):
         self._module().load_state_dict(tensors)
 
     def _raw(self, pictures: Tensor) -> Tensor:
-        return self.models.model.model.process_latent_out(self._encode(pictures))
-
-    def _encode(self, pictures: Tensor) -> Tensor:
-        with torch.no_grad():
-            return encode_pictures(self.models.vae, self.models.model.model, pictures).to(self.patched.load_device)
+        return self.models.model.model.process_latent_out(self.denoising.encode(pictures))
 
 
 class LearnedPromptTrainee(BridgeTrainee):
@@ -209,7 +202,3 @@ class _Told(Denoising):
 
     def conditioning(self, text: str) -> list:
         return conditioning_of(self.prompt)
-
-
-def _plain(kind: str) -> str:
-    return kind.replace("_", " ")

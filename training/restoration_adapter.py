@@ -1,24 +1,23 @@
 """Training of a Restoration Adapter with its LoRA (arXiv 2502.20679, section 3.3), and of the robust encoder that may come with it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..model_patches.adapter_patch import ADAPTER, AdapterPatch, check_fit, new_weights
-from ..model_patches.anatomy import anatomy_of
 from ..model_patches.diffusion_adapter import DiffusionAdapter, lora_tensors
-from ..model_patches.host import encode_pictures, for_training, sample_restoration, trained_operations, unshared_norm_inputs
+from ..model_patches.errors import telling
+from ..model_patches.host import for_training, sample_restoration, trained_operations
 from ..model_patches.lq_condition import LatentCondition
 from ..model_patches.restoration_adapter import KERNELS, RestorationAdapter
 from ..model_patches.robust_encoder import ENCODER, RobustEncoder, encoder_tensors
-from ..model_patches.weights_file import Weights
+from ..model_patches.weights_file import Weights, part_of
 from .denoising import Denoising
-from .trainee import Batch, Models
+from .trainee import NODE, Batch, Models
 
-NODE = "Train"
 TEXT_DROP, LQ_TARGET = 0.1, 0.1
 VALIDATION_STEPS = 8
 
@@ -52,18 +51,17 @@ class RestorationAdapterTrainee:
         ValueError: when a model is missing or the weights do not fit it.
     """
 
+    PREFIX = ADAPTER
+
     def __init__(self, weights: Weights, models: Models) -> None:
         models.require_all(NODE, "A restoration adapter")
-        check_fit(weights, models.model.model, NODE)
+        self.anatomy = check_fit(weights, models.model.model, NODE)
         self.kind, self.family, self.config = weights.kind, weights.family, weights.config
-        self.anatomy = anatomy_of(models.model.model)
         self.network = RestorationAdapter(self.anatomy, self.config["size"], trained_operations) if self.config["size"] != "none" else None
         self.lora = DiffusionAdapter(models.model.model, self.config["rank"]) if self.config["rank"] else None
         robust = any(name.startswith(ENCODER) for name in weights.tensors)
-        try:
+        with telling(f"{NODE}: 'vae': {weights.name}"):
             self.encoder = RobustEncoder(models.vae, models.model.model, weights.tensors) if robust else None
-        except ValueError as error:
-            raise ValueError(f"{NODE}: 'vae': {weights.name} {error}") from error
         self.load_state_dict(weights.tensors)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -77,22 +75,15 @@ class RestorationAdapterTrainee:
         """Hang them on the model; the degraded latents come with each evaluation."""
         self.models = models
         self.condition = LatentCondition("mend_training", torch.empty(0), None, NODE)
-        patched = self._conditioned(self.condition)
-        with ExitStack() as stack:
-            self.denoising = Denoising(models, patched)
-            for part in (self.network, self.lora):
-                if part is not None:
-                    part.to(patched.load_device)
-            if self.lora is not None:
-                stack.enter_context(self.lora.hooked(patched.model))
-            if self.encoder is not None:
-                self.encoder.module.to(models.vae.device)
-            stack.enter_context(unshared_norm_inputs(patched.model.diffusion_model))
+        self.denoising = Denoising(models, self._conditioned(self.condition))
+        if self.encoder is not None:
+            self.encoder.module.to(models.vae.device)
+        with self.denoising.learning(self.network, self.lora):
             yield
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, float]]:
         """Denoise the clean latent, told the caption; now and then the degraded one, told what is wrong with it, so that those words can be negated."""
-        clean, degraded = self._encode(batch.clean), self._encode(batch.degraded)
+        clean, degraded = self.denoising.encode(batch.clean), self.denoising.encode(batch.degraded)
         encoding = torch.zeros((), device=clean.device)
         if self.encoder is not None:
             degraded = self._encode_robustly(batch.degraded)
@@ -113,13 +104,13 @@ class RestorationAdapterTrainee:
         rows = []
         for picture, caption, generator in zip(batch.degraded.split(1), batch.captions, generators):
             restoring = self.restoring(picture)
-            noise = torch.randn((1, *self._encode(picture).shape[1:]), generator=generator)
+            noise = torch.randn((1, *self.denoising.encode(picture).shape[1:]), generator=generator)
             rows.append(sample_restoration(restoring, self.denoising.conditioning(caption), noise, VALIDATION_STEPS))
-        return self.models.vae.decode(torch.cat(rows)).reshape(-1, *batch.clean.shape[1:]).clamp(0, 1).cpu()
+        return self.denoising.decode(torch.cat(rows), batch.clean)
 
     def restoring(self, pictures: Tensor) -> Any:
         """The model as it restores these pictures (B, H, W, 3), for any sampler, while this trainee is attached."""
-        latents = self._encode(pictures) if self.encoder is None else self._encode_robustly(pictures)
+        latents = self.denoising.encode(pictures) if self.encoder is None else self._encode_robustly(pictures)
         return self._conditioned(LatentCondition("mend_validation", latents, None, NODE))
 
     def _conditioned(self, condition: LatentCondition) -> Any:
@@ -133,7 +124,7 @@ class RestorationAdapterTrainee:
         """Return the weights as they stand in a file."""
         tensors: dict[str, Tensor] = {}
         if self.network is not None:
-            tensors |= {ADAPTER + name: tensor for name, tensor in self.network.state_dict().items()}
+            tensors |= {self.PREFIX + name: tensor for name, tensor in self.network.state_dict().items()}
         if self.encoder is not None:
             tensors |= self.encoder.state_dict()
         return tensors | (self.lora.native() if self.lora is not None else {})
@@ -141,15 +132,11 @@ class RestorationAdapterTrainee:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_dict` returned."""
         if self.network is not None:
-            self.network.load_state_dict({name.removeprefix(ADAPTER): tensor for name, tensor in tensors.items() if name.startswith(ADAPTER)})
+            self.network.load_state_dict(part_of(tensors, self.PREFIX))
         if self.lora is not None:
             self.lora.load_native(lora_tensors(tensors))
         if self.encoder is not None:
             self.encoder.load(tensors)
-
-    def _encode(self, pictures: Tensor) -> Tensor:
-        with torch.no_grad():
-            return encode_pictures(self.models.vae, self.models.model.model, pictures).to(self.models.model.load_device)
 
     def _encode_robustly(self, pictures: Tensor) -> Tensor:
         return self.encoder.encode(pictures.movedim(-1, 1)).to(self.models.model.load_device)

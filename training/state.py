@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..model_patches.weights_file import part_of
 from .checkpoint import Checkpoint, TrainingError
 from .settings import Settings
 from .trainee import Trainee
@@ -116,16 +117,16 @@ class State:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take back what `checkpoint` returned."""
         tensors, facts = checkpoint.tensors, checkpoint.facts
-        self.trainee.load_state_dict(_under(tensors, "weights."))
+        self.trainee.load_state_dict(part_of(tensors, "weights."))
         state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under(tensors, "optimizer.").items():
+        for name, tensor in part_of(tensors, "optimizer.").items():
             index, _, own = name.partition(".")
             state.setdefault(int(index), {})[own] = tensor
         groups = [{**group, "betas": tuple(group["betas"])} for group in facts["groups"]]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.schedule.load_state_dict({**self.schedule.state_dict(), **facts["schedule"]})
         if self.average is not None:
-            shadow = _under(tensors, "average.")
+            shadow = part_of(tensors, "average.")
             self.average.load_state_dict(facts["average"])
             self.average.shadow_params = [shadow[str(index)].to(p) for index, p in enumerate(self.parameters)]
         self.step, self.seconds = checkpoint.step, facts["seconds"]
@@ -154,7 +155,3 @@ def _groups(parameters: list[torch.nn.Parameter], factors: list[float], rate: fl
             groups.append({"params": [], "lr": rate * factor})
         groups[-1]["params"].append(p)
     return groups
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import CLIP, VAE
 
+# Whom messages name.
+NODE = "Train"
+
 
 @dataclass(frozen=True)
 class Models:

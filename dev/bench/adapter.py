@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ...lab import headless
 headless.boot()
 
 import comfy.sample  # noqa: E402 - after boot
+import comfy.samplers  # noqa: E402
 
 from ...degradations.recipe import Recipe, Step  # noqa: E402
 from ...lab.photographs import evaluation_photograph  # noqa: E402
@@ -33,6 +34,7 @@ from ...model_patches.adapter_patch import new_weights  # noqa: E402
 from ...model_patches.host import gradients, weights_fingerprint  # noqa: E402
 from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
 from ...samplers.degraded_latent import DegradedLatent  # noqa: E402
+from ...samplers.matched_start import MatchedStart, latent_noise  # noqa: E402
 from ...samplers.restoration_guidance import Restoration, RestorationGuidance  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.loop import Progress, describe_run, train  # noqa: E402
@@ -57,12 +59,14 @@ RANK, CROP, BATCH, STEPS = 8, 128, 8, 400
 LONG_STEPS = 1200
 RATES = (3e-4, 1e-3, 3e-3)
 SAMPLING_STEPS = 10
+MATCHED_STEPS, LEAST_NOISE = 4, 0.1
 PICTURES = 1200
 TRAINED = report.PACK / "lab" / "trained"
 HOME = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
 METHODS = {"adapter + LoRA": ("small", RANK), "adapter": ("small", 0), "LoRA": ("none", RANK)}
 CONTROLNET = "ControlNet"
 BEST = "adapter + LoRA"
+UNTRAINED = "no adapter, noise-matched start"
 PUBLISHED = (("dit", NOISE),)
 
 
@@ -163,11 +167,14 @@ class Way:
     Attributes:
         cfg, words: guidance away from the words of the degradation; at cfg 1 there is none.
         guidance: of samplers/restoration_guidance.py, or None.
+        matched: start at the encoded picture and the noise it brings, as Noise-Matched Start does, in MATCHED_STEPS steps.
     """
 
     cfg: float = 1.0
     words: bool = False
     guidance: Restoration | None = None
+    # The label of a row tells it apart: older rows keep their keys.
+    matched: bool = field(default=False, repr=False)
 
 
 def degraded(name: str, degradation: str, seed: int) -> tuple[Tensor, Tensor, str]:
@@ -178,14 +185,25 @@ def degraded(name: str, degradation: str, seed: int) -> tuple[Tensor, Tensor, st
 
 
 def restore(lab: Lab, trainee: RestorationAdapterTrainee, picture: Tensor, words: str, seed: int, way: Way) -> Tensor:
-    """Sample from pure noise, on the attached trainee."""
+    """Sample from pure noise, or from the picture, on the attached trainee."""
     model = trainee.restoring(picture)
     if way.guidance is not None:
         model = RestorationGuidance(way.guidance, DegradedLatent(picture, lab.models.vae)).attach(model)
     noise = torch.randn(1, 16, picture.shape[1] // 8, picture.shape[2] // 8, generator=seeded(seed))
     positive, negative = trainee.denoising.conditioning(""), trainee.denoising.conditioning(words if way.words else "")
-    raw = comfy.sample.sample(model, noise, SAMPLING_STEPS, way.cfg, "euler", "simple", positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=seed)
+    if way.matched:
+        start = MatchedStart.of([latent_noise(lab.models.model, lab.models.vae, picture)], LEAST_NOISE, seed)
+        latent, sigmas = lab.models.vae.encode(picture), start.sigmas(model.get_model_object("model_sampling"), MATCHED_STEPS)
+        raw = comfy.sample.sample_custom(model, start.generate_noise({"samples": latent}), way.cfg, comfy.samplers.sampler_object("euler"), sigmas, positive,
+                                         negative, latent, disable_pbar=True, seed=seed)
+    else:
+        raw = comfy.sample.sample(model, noise, SAMPLING_STEPS, way.cfg, "euler", "simple", positive, negative, torch.zeros_like(noise), disable_pbar=True,
+                                  seed=seed)
     return lab.models.vae.decode(raw).reshape(picture.shape).clamp(0, 1)
+
+
+MATCHED = Way(matched=True)
+WAYS = (("cfg 1.5", Way(cfg=1.5)), ("cfg 1.5 away from the words", Way(cfg=1.5, words=True)), ("noise-matched start", MATCHED))
 
 
 @contextmanager
@@ -216,7 +234,9 @@ def row_of(results: report.Results, lab: Lab, run: Run, label: str, options: arg
         trainee = trained()
         with attached(lab, trainee):
             found = evaluated(lambda picture, words, seed: restore(lab, trainee, picture, words, seed, way), run.degradation, options.scenes, options.seeds)
-        return {**found, "parameters": sum(p.numel() for p in trainee.parameters()), "model_calls": SAMPLING_STEPS * (1 + (way.cfg != 1))}
+        steps = MATCHED_STEPS if way.matched else SAMPLING_STEPS
+        parameters = 0 if run.method == UNTRAINED else sum(p.numel() for p in trainee.parameters())
+        return {**found, "parameters": parameters, "model_calls": steps * (1 + (way.cfg != 1))}
 
     key = "|".join([run.name, label, str(lab.steps), str(way), ",".join(options.scenes), str(options.seeds)])
     return {"method": label, "degradation": run.degradation, "prior": run.prior, "rate": run.rate, **results.get(key, make)}
@@ -254,13 +274,18 @@ def table_of(lab: Lab, degradation: str, options: argparse.Namespace, results: r
     parts = [replace(run, method=method) for method in METHODS if method != BEST]
     for each in (*(chosen for _, chosen in best.values()), *parts):
         rows.append(row_of(results, lab, each, each.method, options, Way(), lambda each=each: lab.trained(each)))
-    for label, way in (("adapter + LoRA, cfg 1.5", Way(cfg=1.5)), ("adapter + LoRA, cfg 1.5 away from the words", Way(cfg=1.5, words=True))):
-        rows.append(row_of(results, lab, run, label, options, way, lambda: lab.trained(run)))
+    for label, way in WAYS:
+        rows.append(row_of(results, lab, run, f"{BEST}, {label}", options, way, lambda: lab.trained(run)))
+    if CONTROLNET in best:
+        beside = best[CONTROLNET][1]
+        rows.append(row_of(results, lab, beside, f"{CONTROLNET}, noise-matched start", options, MATCHED, lambda: lab.trained(beside)))
+    rows.append(row_of(results, lab, replace(run, method=UNTRAINED), UNTRAINED, options, MATCHED, lambda: lab.trainee(replace(run, method=BEST))))
     if lab.kind == options.prior[0] and degradation == NOISE:
         rows += grid_of(lab, run, one_seed, results)
     if (lab.kind, degradation) in PUBLISHED:
         longer = lab.with_steps(LONG_STEPS)
-        rows.append(row_of(results, longer, run, f"{BEST}, {LONG_STEPS} steps", options, Way(), lambda: longer.trained(run)))
+        for label, way in ((f"{LONG_STEPS} steps", Way()), (f"{LONG_STEPS} steps, noise-matched start", MATCHED)):
+            rows.append(row_of(results, longer, run, f"{BEST}, {label}", options, way, lambda: longer.trained(run)))
         if options.publish:
             publish(longer, run)
     return rows
@@ -311,7 +336,7 @@ A small-scale reproduction on the lab prior (lab/README.md). Everything was trai
 and crops of its training photographs, each cropped and degraded in one way), crops of {crop} px, {steps} steps of {batch} samples unless the row says
 otherwise, at the best of the learning rates {rates} on noise, at the highest elsewhere. The best rate was chosen on the evaluation photographs with one
 seed, for adapters and ControlNet alike. Restored from
-pure noise with {sampling} Euler steps, no prompt. The lab's VAE alone takes much noise away: "degraded through the VAE" is what coding does without any
+pure noise with {sampling} Euler steps, no prompt, except where "noise-matched start" says that sampling began at the encoded picture, in {matched} steps. The lab's VAE alone takes much noise away: "degraded through the VAE" is what coding does without any
 denoiser. Four scenes, {seeds} seed(s); PSNR in dB. "small" adapters with LoRA of rank {rank}.
 Full-size models were counted (below), not trained.
 
@@ -324,7 +349,7 @@ Restoration guidance on one photograph, from `python dev bench guidance_picture`
 def write_evidence(tables: list[str], options: argparse.Namespace) -> None:
     """Write this measurement's section of docs/evidence.md."""
     introduction = INTRODUCTION.format(pictures=PICTURES, crop=CROP, steps=options.steps, batch=BATCH, rates=", ".join(f"{rate:g}" for rate in RATES),
-                                       sampling=SAMPLING_STEPS, rank=RANK, seeds=len(options.seeds))
+                                       sampling=SAMPLING_STEPS, matched=MATCHED_STEPS, rank=RANK, seeds=len(options.seeds))
     report.write_section("adapter", "\n".join([introduction, *tables]))
 
 

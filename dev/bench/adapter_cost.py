@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from typing import Any
 
 import torch
@@ -22,8 +20,7 @@ import comfy.ops  # noqa: E402
 from ...model_patches.anatomy import anatomy_of  # noqa: E402
 from ...model_patches.diffusion_adapter import DiffusionAdapter  # noqa: E402
 from ...model_patches.restoration_adapter import RestorationAdapter, adapter_sites  # noqa: E402
-from . import report  # noqa: E402
-from .full_size import FULL_SIZE, META, SDXL_UNET, FullSize, Model, empty, macs, parameters  # noqa: E402
+from .full_size import FULL_SIZE, META, SDXL_UNET, FullSize, Model, count_command, empty, macs, parameters  # noqa: E402
 
 PIXELS, RANK = 1024, 32
 PAPER = {"SDXL": 157e6, "SD3 medium": 80e6}
@@ -103,16 +100,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Print the table and write it into docs/evidence.md."""
-    parser = argparse.ArgumentParser(prog="python dev bench adapter_cost", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="SDXL and SD3 only, and leave docs/evidence.md alone")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    arguments = parser.parse_args()
-    rows = measure(["SDXL", "SD3 medium"] if arguments.quick else list(FULL_SIZE))
-    report.say(table(rows))
-    if not arguments.quick:
-        report.write_section("adapter_cost", f"{INTRODUCTION}\n{table(rows)}")
-    if arguments.json:
-        report.say(json.dumps({"rows": rows}))
+    count_command("adapter_cost", __doc__, INTRODUCTION, ["SDXL", "SD3 medium"], measure, table)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ from comfy.latent_formats import SD3, SDXL, Flux
 from comfy.ldm.flux.model import Flux as FluxNetwork
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+from . import report
 
 META = {"dtype": torch.float16, "device": "meta", "operations": comfy.ops.manual_cast}
 SDXL_UNET = {
@@ -92,3 +96,27 @@ def macs(run: Any) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     return counter.get_total_flops() / 2
+
+
+def count_command(name: str, description: str, introduction: str, quick: list[str], measure: Callable[[list[str]], list[dict[str, Any]]],
+                  table: Callable[[list[dict[str, Any]]], str]) -> None:
+    """Run a command that counts: print its table and write it into docs/evidence.md.
+
+    Args:
+        name: of the command, and of its section.
+        description: for --help.
+        introduction: of the section.
+        quick: the models of a quick run; otherwise all of FULL_SIZE.
+        measure: names of models -> rows.
+        table: rows -> Markdown.
+    """
+    parser = argparse.ArgumentParser(prog=f"python dev bench {name}", description=description)
+    parser.add_argument("--quick", action="store_true", help=f"{' and '.join(quick)} only, and leave docs/evidence.md alone")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    arguments = parser.parse_args()
+    rows = measure(quick if arguments.quick else list(FULL_SIZE))
+    report.say(table(rows))
+    if not arguments.quick:
+        report.write_section(name, f"{introduction}\n{table(rows)}")
+    if arguments.json:
+        report.say(json.dumps({"rows": rows}))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from typing import Any
 
 import torch
@@ -22,8 +20,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL  # noqa: E402
 from ...model_patches.anatomy import anatomy_of  # noqa: E402
 from ...model_patches.daff import DAFF, PRESETS, layout_of  # noqa: E402
 from ...model_patches.encoder_features import features  # noqa: E402
-from . import report  # noqa: E402
-from .full_size import FULL_SIZE, FullSize, empty, macs, parameters  # noqa: E402
+from .full_size import FULL_SIZE, FullSize, count_command, empty, macs, parameters  # noqa: E402
 
 PIXELS, FEATURES = 512, 512
 DDCONFIG = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4],
@@ -83,16 +80,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Print the table and write it into docs/evidence.md."""
-    parser = argparse.ArgumentParser(prog="python dev bench fusion_cost", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="SDXL only, and leave docs/evidence.md alone")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    arguments = parser.parse_args()
-    rows = measure(["SDXL"] if arguments.quick else list(FULL_SIZE))
-    report.say(table(rows))
-    if not arguments.quick:
-        report.write_section("fusion_cost", f"{INTRODUCTION}\n{table(rows)}")
-    if arguments.json:
-        report.say(json.dumps({"rows": rows}))
+    count_command("fusion_cost", __doc__, INTRODUCTION, ["SDXL"], measure, table)
 
 
 if __name__ == "__main__":

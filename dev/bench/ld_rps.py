@@ -65,8 +65,9 @@ def ablations(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     yield "without quality prior", replace(recipe, quality=None)
     yield "without text", replace(recipe, text=False)
     yield "without first guess", replace(recipe, guess=False)
+    yield "with Return Detail", replace(recipe, detail=True)
     yield "noise added as usual, denoise 0.35", replace(recipe, matched=False, denoise=0.35, steps=6)
-    for rounds in range(4):
+    for rounds in (1, 2, 3):
         yield f"rounds {rounds}", replace(recipe, rounds=rounds)
 
 

@@ -18,6 +18,7 @@ from ...samplers.matched_start import MatchedStart, latent_noise
 from ...samplers.posterior_guidance import Counters, Posterior
 from ...samplers.quality import Quality
 from ...samplers.recurrence import RecurrentSampler
+from ...samplers.returned_detail import coded, returned_detail
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Recipe:
         text: use the caption.
         guess: start from First Guess instead of the damaged picture.
         matched: start at the noise that the picture has, and at no less than `denoise` as a share of noise; otherwise denoise is the host's.
+        detail: give back what the VAE drops from the picture that sampling started at.
     """
 
     alignment: Alignment = field(default_factory=Alignment)
@@ -46,6 +48,7 @@ class Recipe:
     text: bool = True
     guess: bool = True
     matched: bool = True
+    detail: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,11 @@ def restore(prior: Prior, degraded: Tensor, caption: str, recipe: Recipe, seed: 
     guider.set_conds(prior.encode(caption if recipe.text else ""), prior.encode(""))
     guider.set_cfg(recipe.cfg)
     sampled = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed)
-    picture = prior.vae.decode(sampled)
+    picture = prior.vae.decode(sampled).float()
+    if recipe.detail:
+        picture = returned_detail(picture, start, coded(prior.vae, start))
     work = Work(time.perf_counter() - begun, calls[0], counters.decodes + 1, counters.decoder_backwards, counters.updates)
-    return picture.float(), work
+    return picture, work
 
 
 def guessed(degraded: Tensor, recipe: Recipe) -> Tensor:

@@ -1,21 +1,14 @@
 """The budget of the Restoration Adapter: the paper's parameters within 3 %, and little work beside the model and a ControlNet."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from mend.tests.dev.counting import counted
 
 
 @pytest.fixture(scope="module")
 def rows():
-    """What `python dev bench adapter_cost --quick` counts, in a process of its own, since it chooses the host's attention first."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "mend.dev.bench.adapter_cost", "--quick", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return {(row["model"], row["method"]): row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    """What `python dev bench adapter_cost --quick` counts."""
+    return {(row["model"], row["method"]): row for row in counted("adapter_cost")}
 
 
 pytestmark = pytest.mark.slow

@@ -1,23 +1,16 @@
 """The budget of degradation-aware feature fusion: the published layout as it was counted, and a lite one that is little work beside the model."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from mend.tests.dev.counting import counted
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def rows():
-    """What `python dev bench fusion_cost --quick` counts, in a process of its own, since it chooses the host's attention first."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "mend.dev.bench.fusion_cost", "--quick", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return {row["part"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    """What `python dev bench fusion_cost --quick` counts."""
+    return {row["part"]: row for row in counted("fusion_cost")}
 
 
 def test_the_published_layout_is_what_was_counted(rows):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import comfy.samplers
-from mend.model_patches.adapter_patch import lora_of
+from mend.model_patches.diffusion_adapter import lora_of
 from mend.model_patches.fusion_patch import check_fit
 from mend.model_patches.host import with_lora
 from mend.model_patches.weights_file import Weights

@@ -15,7 +15,7 @@ from mend.model_patches.weights_file import Weights, load_weights, save_weights
 from mend.nodes.weights import LoadWeights
 from mend.tests import tiny_models
 from mend.tests.model_patches.adapters import trained
-from mend.tests.nodes.adapter_prompts import adapted, node
+from mend.tests.nodes.patch_prompts import adapted, node
 from mend.tests.nodes.restorations import latent, picture
 from mend.tests.nodes.test_zero_shot import failure
 

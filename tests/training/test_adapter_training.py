@@ -6,13 +6,13 @@ import torch
 import comfy.memory_management
 import comfy.model_management
 import comfy.sample
-from mend.model_patches.adapter_patch import lora_of
-from mend.model_patches.host import evaluate, gradients, model_conds, with_lora
+from mend.model_patches.diffusion_adapter import lora_of
+from mend.model_patches.host import gradients, with_lora
 from mend.model_patches.robust_encoder import ENCODER
 from mend.model_patches.weights_file import Weights
 from mend.tests.model_patches.adapters import applied, fresh, trained
 from mend.tests.tiny_models import FAMILIES
-from mend.tests.training.tiny_training import SIDE, batch, generators, models, started
+from mend.tests.training.tiny_training import SIDE, batch, evaluated, generators, models, started
 from mend.training import restoration_adapter
 from mend.training.restoration_adapter import RestorationAdapterTrainee, new_adapter
 from mend.training.trainee import Models
@@ -97,7 +97,7 @@ def test_the_robust_encoder_learns_from_its_own_loss_only():
     learned = list(trainee.encoder.parameters())
     with gradients(), trainee.attach(given):
         found = torch.autograd.grad(trainee.loss(batch(), generators())[0], learned)
-        clean = trainee._encode(batch().clean)
+        clean = trainee.denoising.encode(batch().clean)
         expected = torch.autograd.grad((trainee._encode_robustly(batch().degraded) - clean).square().mean(), learned)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
@@ -177,8 +177,8 @@ def test_the_host_applies_what_was_trained(family):
     given = models(family)
     trainee, _ = stepped(family, given, steps=2)
     with gradients(), torch.no_grad(), trainee.attach(given):
-        z = trainee._encode(batch().clean)
-        c_lq, sigma = trainee._encode(batch().degraded), torch.tensor([0.6])
+        z = trainee.denoising.encode(batch().clean)
+        c_lq, sigma = trainee.denoising.encode(batch().degraded), torch.tensor([0.6])
         x = z + torch.randn(z.shape, generator=torch.Generator().manual_seed(2)) * 0.6
         plain_extra = trainee._extra(batch().degraded, c_lq)
         expected = trainee.denoising.x0(x, sigma, ["a"], plain_extra)
@@ -192,12 +192,6 @@ def test_the_host_applies_what_was_trained(family):
     # Hooks beside the weights and factors in them round differently: far less than the whole effect.
     effect = (expected - base).abs().max()
     assert effect > 1e-3 and (found - expected).abs().max() < 1e-2 * effect
-
-
-def evaluated(patcher, conditioning, x, sigma, extra):
-    with torch.no_grad():
-        comfy.model_management.load_models_gpu([patcher, *patcher.get_nested_additional_models()])
-        return evaluate(patcher, x, sigma, {k: v.cond for k, v in model_conds(patcher.model, conditioning, x).items()} | extra)
 
 
 @pytest.mark.parametrize("robust", [False, True])
@@ -231,7 +225,7 @@ def told(monkeypatch):
             loss = trainee.denoising.loss
             monkeypatch.setattr(trainee.denoising, "loss", lambda z0, texts, *rest: (seen.append((z0, texts)), loss(z0, texts, *rest))[1])
             trainee.loss(batch(2, **given), generators(2))
-            clean, degraded = trainee._encode(batch(2).clean), trainee._encode(batch(2).degraded)
+            clean, degraded = trainee.denoising.encode(batch(2).clean), trainee.denoising.encode(batch(2).degraded)
         return *seen[0], clean, degraded
 
     return with_chances

@@ -4,16 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import l1_loss
 
-import comfy.model_management
-from mend.model_patches.adapter_patch import lora_of
+from mend.model_patches.diffusion_adapter import lora_of
 from mend.model_patches.encoder_features import feature_channels
 from mend.model_patches.fusion_patch import grown, new_fusion
-from mend.model_patches.host import checkpointed_blocks, evaluate, gradients, model_conds, with_lora
+from mend.model_patches.host import checkpointed_blocks, gradients, with_lora
 from mend.model_patches.lq_encoder import frozen_features
 from mend.model_patches.robust_encoder import ENCODER
 from mend.model_patches.weights_file import Weights, save_weights
 from mend.tests.model_patches.fusions import applied, trained
-from mend.tests.training.tiny_training import SIDE, batch, generators, models
+from mend.tests.training.tiny_training import SIDE, batch, evaluated, generators, models
 from mend.training import fusion
 from mend.training.checkpoint import open_run
 from mend.training.fusion import ENCODER_RATE, FusionTrainee, fresh_fusion
@@ -94,7 +93,7 @@ def test_the_loss_is_the_mean_absolute_error_of_the_models_own_output(monkeypatc
         monkeypatch.setattr(trainee.denoising, "x0", lambda *args: (seen.append((args, x0(*args))), seen[-1][1])[1])
         loss, _ = trainee.loss(batch(2), generators(2))
         (x, sigma, *_), found = seen[0]
-        clean = trainee._encode(batch(2).clean)
+        clean = trainee.denoising.encode(batch(2).clean)
         expected = l1_loss((x - found) / sigma.reshape(-1, 1, 1, 1), (x - clean) / sigma.reshape(-1, 1, 1, 1))
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 
@@ -171,7 +170,7 @@ def test_a_fresh_one_learns_to_see():
 def test_the_host_applies_what_was_trained(family):
     trainee, _, given = stepped(family, steps=2, learns=False)
     with gradients(), torch.no_grad(), trainee.attach(given):
-        z, e = trainee._encode(batch().clean), trainee.network.embed(trainee._features(batch().degraded))
+        z, e = trainee.denoising.encode(batch().clean), trainee.network.embed(trainee._features(batch().degraded))
         sigma = torch.tensor([0.6])
         x = z + torch.randn(z.shape, generator=torch.Generator().manual_seed(2)) * 0.6
         extra = torch.cat([e, torch.ones_like(e[:, :1])], 1)
@@ -185,12 +184,6 @@ def test_the_host_applies_what_was_trained(family):
     # Hooks beside the weights and factors in them round differently: far less than the whole effect.
     effect = (expected - base).abs().max()
     assert effect > 1e-3 and (found - expected).abs().max() < 1e-2 * effect
-
-
-def evaluated(patcher, conditioning, x, sigma, extra):
-    with torch.no_grad():
-        comfy.model_management.load_models_gpu([patcher, *patcher.get_nested_additional_models()])
-        return evaluate(patcher, x, sigma, {k: v.cond for k, v in model_conds(patcher.model, conditioning, x).items()} | extra)
 
 
 def test_the_file_holds_the_trainee_bit_for_bit():

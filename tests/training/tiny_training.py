@@ -2,8 +2,10 @@
 
 import torch
 
+import comfy.model_management
 import comfy.sd
 from comfy.ldm.wan.vae import WanVAE
+from mend.model_patches.host import evaluate, model_conds
 from mend.model_patches.robust_encoder import encoder_tensors
 from mend.model_patches.weights_file import Weights
 from mend.tests import tiny_models
@@ -65,3 +67,10 @@ def started(family, given, robust=False, **settings):
     if robust:
         weights = Weights(weights.kind, weights.family, weights.config, weights.tensors | encoder_tensors(given.vae), weights.name)
     return weights
+
+
+def evaluated(patcher, conditioning, x, sigma, extra):
+    """x0 of a model as a sampler evaluates it."""
+    with torch.no_grad():
+        comfy.model_management.load_models_gpu([patcher, *patcher.get_nested_additional_models()])
+        return evaluate(patcher, x, sigma, {k: v.cond for k, v in model_conds(patcher.model, conditioning, x).items()} | extra)

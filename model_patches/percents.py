@@ -1,0 +1,13 @@
+"""The part of sampling in which a patch acts."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def acts(start_percent: float, end_percent: float, model_sampling: Any, sigma: Tensor) -> bool:
+    """Tell whether sigma (B,) lies in a part of sampling, as the host does for conditioning, under whatever schedule the model has by now."""
+    if (start_percent, end_percent) == (0.0, 1.0):
+        return True
+    first, last = (float(model_sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
+    return last <= float(sigma.max()) <= first

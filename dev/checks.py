@@ -17,6 +17,7 @@ from .server import running_server
 
 ENDPOINT = Path(__file__).with_name("validate_endpoint")
 MOST_WORKERS = 4  # each starts a host of its own
+SLOWEST = "--durations=25"
 
 
 class Checks:
@@ -55,7 +56,7 @@ def run_checks(host_version: str | None, pytest_arguments: Sequence[str]) -> int
         return checks.summary()
     checks.run("ruff", lint, environment)
     checks.run("comfy-test static", run_module, environment, "mend.dev.pack_checks")
-    checks.run("pytest", pytest, environment, parallel(environment))
+    checks.run("pytest", pytest, environment, [*parallel(environment), SLOWEST])
     checks.run("registration and workflows", on_running_host, environment, True)
     if host_version is None and not os.environ.get("COMFYUI_PATH"):
         subset(checks, ensure_environment(pins.FLOOR_HOST))

@@ -1,4 +1,4 @@
-"""Whether weights fit the model or VAE that they are to be hung on: their kind, their family, and their tensors. For every kind of weights."""
+"""Whether weights fit the model or VAE that they are to be hung on: their kind, their family, and their tensors."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple

@@ -15,7 +15,8 @@ class FPAM(nn.Module):
     Args:
         operations: the host's operations (comfy.ops); layers come uninitialised, call one of the `start_` methods.
         grid: rows and columns of p; 1 is the paper's one factor a channel, more let it vary smoothly over the picture.
-        coarse: h2 works on means over cells of this many pixels; 1 is the paper's. Light and veils are smooth, and h2 is nearly all of the cost.
+        coarse: h2 works on means over cells of this many pixels; 1 is the paper's. Light and veils are smooth, and h2 is nearly all of
+            the cost.
     """
 
     def __init__(self, operations: ModuleType, grid: int = 1, device: torch.device | None = None, coarse: int = 1) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def acts(start_percent: float, end_percent: float, model_sampling: Any, sigma: Tensor) -> bool:
-    """Tell whether sigma (B,) lies in a part of sampling, as the host does for conditioning, under whatever schedule the model has by now."""
+    """Tell whether sigma (B,) lies in a part of sampling. Compares as the host does for conditioning, under the schedule of the moment."""
     if (start_percent, end_percent) == (0.0, 1.0):
         return True
     first, last = (float(model_sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))

@@ -52,7 +52,10 @@ class ReturnDetail(io.ComfyNode):
         results, starts = rgb_pictures(restored, NODE, "restored"), rgb_pictures(start, NODE, "start")
         if starts.shape[1:3] != results.shape[1:3]:
             sizes = ["{1}x{0}".format(*pictures.shape[1:3]) for pictures in (starts, results)]
-            raise ValueError(f"{NODE}: 'start' is {sizes[0]} and 'restored' is {sizes[1]}; connect the picture that was encoded, from the same Frame Image.")
+            raise ValueError(
+                f"{NODE}: 'start' is {sizes[0]} and 'restored' is {sizes[1]}; connect the picture that was encoded, "
+                "from the same Frame Image."
+            )
         if len(starts) not in (1, len(results)):
             raise ValueError(f"{NODE}: 'start' holds {len(starts)} pictures and 'restored' {len(results)}; give one for all, or one each.")
         if strength == 0:
@@ -60,7 +63,9 @@ class ReturnDetail(io.ComfyNode):
         results = results.float()
         pairs = [(picture, coded(vae, picture).to(results)) for picture in starts.to(results).split(1)]
         rows = zip(results.split(1), pairs * (len(results) // len(pairs)))
-        return io.NodeOutput(torch.cat([returned_detail(result, *pair, strength, grain) for result, pair in rows]))
+        detailed = torch.cat([returned_detail(result, *pair, strength, grain) for result, pair in rows])
+        # Some VAEs decode transparency too.
+        return io.NodeOutput(torch.cat([detailed, restored[..., 3:].to(detailed)], -1))
 
 
 NODES = [ReturnDetail]

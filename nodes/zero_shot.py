@@ -302,6 +302,10 @@ class NoiseMatchedStart(io.ComfyNode):
     @classmethod
     def execute(cls, model: "ModelPatcher", vae: "VAE", image: Tensor, steps: int, at_least: float, noise_seed: int) -> io.NodeOutput:
         """Return noise, schedule and where it starts."""
+        if not (0 < at_least < 1 and steps >= 1):  # the host checks the ranges of widgets, but not of what is linked to them
+            raise ValueError(
+                f"Noise-Matched Start: 'at_least' is {at_least:g} and 'steps' {steps}; give a share between 0 and 1, and one step or more."
+            )
         pictures = rgb_pictures(image, "Noise-Matched Start")
         start = MatchedStart.of([latent_noise(model, vae, picture) for picture in pictures.split(1)], at_least, noise_seed)
         sigmas = start.sigmas(model.get_model_object("model_sampling"), steps)
@@ -325,7 +329,7 @@ class RecurrentRenoising(io.ComfyNode):
                 io.Sampler.Input("sampler", tooltip="The sampler to repeat."),
                 io.Int.Input(
                     "rounds", default=1, min=0, max=20,
-                    tooltip="Extra passes after the first. 0 is the sampler alone; 1 or 2 usually suffice.",
+                    tooltip="Extra passes after the first. 0 is the sampler alone; each more mends and changes more.",
                 ),
                 io.Float.Input(
                     "gamma", default=0.3, min=0.01, max=0.99, step=0.01,

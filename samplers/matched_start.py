@@ -46,7 +46,8 @@ class MatchedStart:
 
     Attributes:
         seed: of the noise that is added.
-        found: deviation of the noise in the latent of each picture; a larger batch of latents goes through them in turn.
+        found: deviation of the noise in the latent of each picture; a larger batch of latents goes through them in turn, a video takes
+            them for its frames.
         start: noise-to-signal ratio at which the schedule begins.
     """
 
@@ -62,9 +63,23 @@ class MatchedStart:
     def generate_noise(self, latent: dict[str, Any]) -> Tensor:
         """Return noise for the latents of a LATENT that brings all of them to the start: variances add up to that of the schedule."""
         noise = initial_noise(latent, self.seed)
-        missing = [max(0.0, 1 - (found / self.start) ** 2) ** 0.5 for found in self.found]
-        rows = torch.tensor([missing[index % len(missing)] for index in range(len(noise))])
-        return noise * rows.to(noise).view(-1, *[1] * (noise.ndim - 1))
+        if not noise.is_nested:
+            return self._missing(noise, latent.get("batch_index"))
+        # Only the picture was measured: sound brings no noise.
+        picture, *others = noise.unbind()
+        return type(noise)([self._missing(picture, latent.get("batch_index")), *others])
+
+    def _missing(self, noise: Tensor, places: list[int] | None) -> Tensor:
+        missing = [max(0.0, 1 - (found / self.start) ** 2) ** 0.5 for found in self._found_in(noise, places)]
+        return noise * torch.tensor(missing).to(noise).view(-1, *[1] * (noise.ndim - 1))
+
+    def _found_in(self, noise: Tensor, places: list[int] | None) -> list[float]:
+        """Noise of each latent; `places` are theirs in the batch that they were taken from, which may be that of the pictures."""
+        if noise.ndim == 5 and noise.shape[2] > 1:
+            return [sum(self.found) / len(self.found)] * len(noise)
+        if places is None or len(self.found) == len(noise):
+            places = range(len(noise))
+        return [self.found[place % len(self.found)] for place in places]
 
     def sigmas(self, model_sampling: Any, steps: int) -> Tensor:
         """Return (steps + 1,) sigmas from the start down to 0, even in the share that noise has in the mixture."""

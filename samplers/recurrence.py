@@ -68,8 +68,10 @@ def round_sigmas(sigmas: Tensor, start: float) -> Tensor:
 
 
 def round_noise(noise: Tensor, seed: int, index: int) -> Tensor:
-    """Noise of an extra round, one generator a picture so that batches equal single runs. A first pass without noise begins at a picture that
-    brings its own; what comes out of it is clean and is noised again all the same."""
+    """Noise of an extra round, one generator a picture so that batches equal single runs.
+
+    A first pass without noise begins at a picture that brings its own; what comes out of it is clean and is noised again all the same.
+    """
     def drawn(row: Tensor) -> Tensor:
         return torch.randn(row.shape, generator=torch.Generator().manual_seed(row_seed(seed + index + 1, row))).to(row)
 

@@ -279,7 +279,8 @@ def table_of(lab: Lab, degradation: str, options: argparse.Namespace, results: r
     if CONTROLNET in best:
         beside = best[CONTROLNET][1]
         rows.append(row_of(results, lab, beside, f"{CONTROLNET}, noise-matched start", options, MATCHED, lambda: lab.trained(beside)))
-    rows.append(row_of(results, lab, replace(run, method=UNTRAINED), UNTRAINED, options, MATCHED, lambda: lab.trainee(replace(run, method=BEST))))
+    plain = replace(run, method=UNTRAINED)
+    rows.append(row_of(results, lab, plain, UNTRAINED, options, MATCHED, lambda: lab.trainee(replace(run, method=BEST))))
     if lab.kind == options.prior[0] and degradation == NOISE:
         rows += grid_of(lab, run, one_seed, results)
     if (lab.kind, degradation) in PUBLISHED:
@@ -336,7 +337,8 @@ A small-scale reproduction on the lab prior (lab/README.md). Everything was trai
 and crops of its training photographs, each cropped and degraded in one way), crops of {crop} px, {steps} steps of {batch} samples unless the row says
 otherwise, at the best of the learning rates {rates} on noise, at the highest elsewhere. The best rate was chosen on the evaluation photographs with one
 seed, for adapters and ControlNet alike. Restored from
-pure noise with {sampling} Euler steps, no prompt, except where "noise-matched start" says that sampling began at the encoded picture, in {matched} steps. The lab's VAE alone takes much noise away: "degraded through the VAE" is what coding does without any
+pure noise with {sampling} Euler steps, no prompt, except where "noise-matched start" says that sampling began at the encoded picture, in
+{matched} steps. The lab's VAE alone takes much noise away: "degraded through the VAE" is what coding does without any
 denoiser. Four scenes, {seeds} seed(s); PSNR in dB. "small" adapters with LoRA of rank {rank}.
 Full-size models were counted (below), not trained.
 

@@ -35,7 +35,7 @@ CEILING = "VAE of the clean picture"
 TIMED_STEPS = 2
 IMG2IMG = (0.2, 0.35, 0.5, 0.65)
 OFF = Quality(exposure=0.0, chroma=0.0, clarity=0.0)
-# The settings that workflows/zero_shot_restore.json carries for each kind of damage.
+# The settings that workflows/zero_shot_restore.json carries for each kind of damage, less its Return Detail.
 RECIPES = {
     "noise": Recipe(ALIGNMENTS["noise"]),
     "lowlight": Recipe(ALIGNMENTS["low light"], Quality()),

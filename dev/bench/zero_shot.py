@@ -31,7 +31,8 @@ class Recipe:
         rounds, gamma: of Recurrent Re-noising.
         text: use the caption.
         guess: start from First Guess instead of the damaged picture.
-        matched: start at the noise that the picture has, and at no less than `denoise` as a share of noise; otherwise denoise is the host's.
+        matched: start at the noise that the picture has, and at no less than `denoise` as a share of noise; otherwise denoise is the
+            host's.
         detail: give back what the VAE drops from the picture that sampling started at.
     """
 

@@ -45,6 +45,13 @@ def test_one_start_serves_all_results(run_prompt):
     torch.testing.assert_close(together, detailed(run_prompt, restored, start.expand(3, -1, -1, -1), grain=0.001))
 
 
+def test_transparency_stays(run_prompt):
+    restored, start = picture(2, 16, 24, 4), picture(2, 16, 24, 3, seed=1)
+    found = detailed(run_prompt, restored, start, grain=0.001)
+    assert torch.equal(found[..., 3], restored[..., 3])
+    torch.testing.assert_close(found[..., :3], detailed(run_prompt, restored[..., :3], start, grain=0.001))
+
+
 def test_grain_is_measured(run_prompt):
     restored = picture(1, 64, 64, 3)
     noisy = 0.5 + 0.1 * torch.randn(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))

@@ -149,7 +149,9 @@ def test_each_override_sets_its_own_value(run_prompt, entry):
 
 
 def test_random_start(run_prompt):
-    assert output(run_prompt, "MendFPAMAlignment", preset="noise", start="random").start == "random"
+    alignment = output(run_prompt, "MendFPAMAlignment", preset="noise", start="random")
+    # h2 on means over pixels is ours: what is said to be as published has none.
+    assert (alignment.start, alignment.coarse) == ("random", 1)
 
 
 @pytest.mark.parametrize("preset", ALIGNMENTS)
@@ -291,3 +293,13 @@ def test_a_noise_matched_start_names_what_is_wrong_with_a_picture(run_prompt, na
     prompt["out"] = node("TestCapture", value=["node", 1])
     message = failure(run_prompt, prompt, {"image": given})
     assert "Noise-Matched Start: image" in message and reason in message
+
+
+@pytest.mark.parametrize(("name", "value"), [("at_least", 1.0), ("at_least", 0.0), ("at_least", float("nan")), ("steps", 0)])
+def test_a_noise_matched_start_names_linked_numbers_that_it_cannot_use(run_prompt, name, value):
+    prompt = {"tiny": node("TestTinyModel", family="sd15"), "given": node("TestGiven", name="image")}
+    prompt["number"] = node("TestGiven", name="number")
+    prompt["node"] = node("MendNoiseMatchedStart", model=["tiny", 0], vae=["tiny", 3], image=["given", 0], **{name: ["number", 0]})
+    prompt["out"] = node("TestCapture", value=["node", 1])
+    message = failure(run_prompt, prompt, {"image": SQUARE, "number": value})
+    assert "Noise-Matched Start: 'at_least' is" in message and f"{value:g}" in message

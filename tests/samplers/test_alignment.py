@@ -234,6 +234,16 @@ def test_a_mask_is_cut_with_its_window():
     assert torch.equal(loss, run.distance(x, (16, 4, SIDE, SIDE), None, None)[0]) and loss > 0
 
 
+def test_remembered_features_are_those_of_the_window():
+    y, x = picture(SIDE, 2 * SIDE), picture(seed=1)
+    run = run_of(y=y, distance_features=1.0)
+    for left in (0, 0, SIDE, 0):
+        window = (0, left, SIDE, 2 * SIDE)
+        loss, seen = run.distance(x, window, None, None)
+        target = cut(y, window, x)
+        torch.testing.assert_close(loss, F.mse_loss(seen, target) + run.perceptual(seen, target))
+
+
 # Crops
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from comfy.nested_tensor import NestedTensor
 from mend.lab.prior import load_lab_prior
 from mend.model_patches.host import noise_to_signal, sigma_at
 from mend.samplers.matched_start import MatchedStart, latent_noise
 from mend.tests import tiny_models
+from mend.tests.training.tiny_training import video_vae
 
 FAMILIES = ("sd15", "sd3", "flux")
 
@@ -45,6 +47,15 @@ def test_a_picture_without_grain_has_no_noise(lab):
 def test_pictures_of_any_size(lab, size):
     found = latent_noise(*lab, torch.rand(1, *size, 3, generator=torch.Generator().manual_seed(0)))
     assert 0 <= found < 10
+
+
+def test_video_vaes_take_a_picture_for_a_video_of_one_frame():
+    noisy = grainy(smooth(64), 0.1)
+    model, vae = tiny_models.model("wan"), video_vae()
+    into = model.get_model_object("process_latent_in")
+    truth = (into(vae.encode(noisy)) - into(vae.encode(smooth(64)))).std().item()
+    # As above; the tiny VAE is not even trained.
+    assert latent_noise(model, vae, noisy) == pytest.approx(truth, rel=0.25)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,6 +99,30 @@ def test_the_seed_decides_and_batches_equal_single_pictures():
     torch.testing.assert_close(noise, plain * expected.view(4, 1, 1, 1))
     second = MatchedStart.of([0.3], 0.6, 5).generate_noise({"samples": samples[:1], "batch_index": [1]})
     torch.testing.assert_close(second[0], noise[1])
+
+
+def test_a_picture_taken_from_a_batch_keeps_its_own_noise():
+    start = MatchedStart.of([0.1, 0.3, 0.2], 0.6, 5)
+    samples = torch.zeros(3, 4, 8, 8)
+    noise = start.generate_noise({"samples": samples})
+    (last,) = start.generate_noise({"samples": samples[2:], "batch_index": [2]})
+    assert torch.equal(last, noise[2])
+    # As many pictures as latents: those pictures were taken from the batch as well.
+    (own,) = MatchedStart.of([0.2], 0.6, 5).generate_noise({"samples": samples[2:], "batch_index": [2]})
+    assert torch.equal(own, last)
+
+
+def test_a_video_gets_what_its_frames_lack_on_average():
+    samples = torch.zeros(1, 16, 3, 8, 8)
+    noise = MatchedStart.of([0.0, 0.2, 0.1, 0.1, 0.1], 0.3, 1).generate_noise({"samples": samples})
+    assert torch.equal(noise, MatchedStart.of([0.1], 0.3, 1).generate_noise({"samples": samples}))
+
+
+def test_sound_beside_a_picture_gets_all_of_its_noise():
+    samples = NestedTensor([torch.zeros(1, 16, 1, 8, 8), torch.zeros(1, 8, 50, 16)])
+    quiet, noisy = (MatchedStart.of([found], 0.3, 1).generate_noise({"samples": samples}).unbind() for found in (0.0, 5.0))
+    assert quiet[0].std().item() == pytest.approx(1, abs=0.1) and not noisy[0].any()
+    assert torch.equal(quiet[1], noisy[1]) and noisy[1].std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_video_latents_are_noised_alike():

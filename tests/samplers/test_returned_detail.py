@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mend.samplers.returned_detail import TRUST, returned_detail
+from mend.samplers.returned_detail import TRUST, coded, returned_detail
+from mend.tests.training.tiny_training import video_vae
 
 
 def noise(*size, deviation=1.0, seed=0):
@@ -59,3 +60,9 @@ def test_pictures_of_any_size(size):
     restored, start, coded = (torch.rand(1, *size, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     found = returned_detail(restored, start, coded)
     assert found.shape == restored.shape and found.isfinite().all() and found.min() >= 0 and found.max() <= 1
+
+
+def test_a_video_vae_codes_a_picture_for_a_video_of_one_frame():
+    picture = torch.rand(1, 33, 50, 3, generator=torch.Generator().manual_seed(0))
+    found = coded(video_vae(), picture)
+    assert found.shape == picture.shape and found.isfinite().all() and found.min() >= 0 and found.max() <= 1

@@ -306,6 +306,12 @@ class NoiseMatchedStart(io.ComfyNode):
             raise ValueError(
                 f"Noise-Matched Start: 'at_least' is {at_least:g} and 'steps' {steps}; give a share between 0 and 1, and one step or more."
             )
+        channels = model.model.latent_format.latent_channels
+        if vae.latent_channels != channels:
+            raise ValueError(
+                f"Noise-Matched Start: 'vae' gives latents of {vae.latent_channels} channels and 'model' works on {channels}; connect the VAE "
+                "that belongs to the model."
+            )
         pictures = rgb_pictures(image, "Noise-Matched Start")
         start = MatchedStart.of([latent_noise(model, vae, picture) for picture in pictures.split(1)], at_least, noise_seed)
         sigmas = start.sigmas(model.get_model_object("model_sampling"), steps)

@@ -303,3 +303,10 @@ def test_a_noise_matched_start_names_linked_numbers_that_it_cannot_use(run_promp
     prompt["out"] = node("TestCapture", value=["node", 1])
     message = failure(run_prompt, prompt, {"image": SQUARE, "number": value})
     assert "Noise-Matched Start: 'at_least' is" in message and f"{value:g}" in message
+
+
+def test_a_noise_matched_start_names_a_vae_of_another_model(run_prompt):
+    prompt = matched("sd15") | {"other": node("TestTinyModel", family="flux")}
+    prompt["start"]["inputs"]["vae"] = ["other", 3]
+    message = failure(run_prompt, prompt, {"picture": SQUARE})
+    assert "Noise-Matched Start: 'vae' gives latents of 16 channels and 'model' works on 4" in message

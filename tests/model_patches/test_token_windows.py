@@ -38,7 +38,7 @@ def daff():
     network = DAFF(Layout(channels=8, features=8, embedding=8, width=64, patch=1, tokens=False), trained_operations)
     initialise(network, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for layer in (network.zero, network.embedding.zero):
+        for layer in (network.zero, network.embedding.out):
             layer.weight.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
     return network
 
@@ -69,3 +69,17 @@ def test_no_seam_shows(monkeypatch):
 def test_windows_of_pictures_are_large():
     # 512 pixels at a token for every latent cell, as published.
     assert WINDOW * 8 == 512
+
+
+@torch.no_grad()
+def test_a_fresh_one_hears_the_degraded_picture_as_loud_as_the_latent():
+    network = DAFF(Layout(32, 64, 32, 128, 2, False), trained_operations)
+    initialise(network, torch.Generator().manual_seed(0))
+    loud = {}
+    for name in ("latent_in", "lq_in"):
+        getattr(network, name).register_forward_hook(lambda _, inputs, output, name=name: loud.update({name: output.std().item()}))
+    draw = torch.Generator().manual_seed(1)
+    x, features = (torch.randn(1, channels, 16, 16, generator=draw) for channels in (32, 64))
+    change = network(x, network.embed(features), torch.tensor([500.0]), {})
+    # What leaves is still nothing; inside, neither is twice as loud as the other.
+    assert not change.any() and 0.5 < loud["lq_in"] / loud["latent_in"] < 2

@@ -211,7 +211,7 @@ INTRODUCTION = """## Zero-shot restoration: `python dev bench ld_rps`
 
 A small-scale reproduction on the lab prior (lab/README.md), a model of 7 to 9 million parameters that comes with the pack. Four scenes
 (scikit-image's coffee and motorcycle pair, scikit-learn's china and flower), centre crops of 256 pixels, never trained on. PSNR in dB; psnr_std is the
-deviation over scenes. Seconds are on {threads} thread(s) of a slow CPU, compare them only within a table. model_calls counts samples that went through the
+deviation over scenes. Seconds are on {threads} thread(s) of a slow CPU with other work beside it: a rough guide. model_calls counts samples that went through the
 denoiser. The lab VAE limits what any method on its latents can reach: the row "VAE of the clean picture" is that ceiling. Full-size models have been
 checked for shapes only. Where sampling starts, its steps and how often guidance acts were chosen on three training photographs; the first guess, the
 weights of the quality prior and the rate of F-PAM while looking at the photographs below, coffee most of all: nothing was trained on them, but the

@@ -286,7 +286,7 @@ class NoiseMatchedStart(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture that is encoded for sampling: the damaged one, or that of First Guess."),
                 io.Int.Input("steps", default=4, min=1, max=1000, tooltip="How many steps lead from there to the clean picture."),
                 io.Float.Input(
-                    "at_least", default=0.1, min=0.01, max=0.95, step=0.01,
+                    "at_least", default=0.1, min=0.01, max=0.93, step=0.01,
                     tooltip="Share of noise to start from even if the picture has less, like denoise: the more, the more the model may "
                     "change.",
                 ),

@@ -50,7 +50,7 @@ MIXED, PARTS = "haze + noise", ("haze", "noise")
 WORDS = {"noise": "smooth fine sharp", "lowlight": "bright balanced colourful", "haze": "contrasty colourful vivid", "blur": "sharp detailed fine",
          MIXED: "contrasty colourful vivid smooth sharp"}  # fmt: skip
 SEEDS = (0, 1, 2)
-CROP, BATCH, STEPS, RATE = 128, 8, 1500, 1e-2
+CROP, BATCH, STEPS, RATE = 128, 8, 600, 5e-2
 SAMPLING_STEPS = 20
 PROMPT, PLAIN = "learned_prompt", "learned_prompt_conditioning"
 # Kind and naive, by the name of what is trained.

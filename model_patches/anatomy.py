@@ -183,3 +183,10 @@ def _attention_parts(kind: str, path: str, layer: nn.Module, anatomy: Anatomy) -
     if kind == "flux" and path.startswith("single_blocks.") and path.endswith(".linear1"):
         return (anatomy.emb,) * 3
     return ()
+
+
+def attention_place(path: str) -> tuple[str, int, int]:
+    """Return where the host says it is when it calls an attention of a UNet, by the module's path: (part, block, transformer)."""
+    parts = path.split(".")
+    transformer = int(parts[parts.index("transformer_blocks") + 1])
+    return ("middle", 0, transformer) if parts[0] == "middle_block" else (parts[0].removesuffix("_blocks"), int(parts[1]), transformer)

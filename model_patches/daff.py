@@ -9,7 +9,7 @@ after its first layer is fused with the encoder's features of the degraded pictu
 The last layer starts at zero, so a fresh one leaves the model as it is. Modulations follow the timestep. The public code feeds the single
 stream the latent stream as it came in; the paper says both updated streams, and so it is here. What the paper does not say is how other
 layers start: here so that both streams are about as loud, with gates around 1. The public code has a second zero, at the end of the
-condition embedding; with it, and with torch's own quieter layers, the degraded picture is hardly heard at first, and learning was slower.
+condition embedding; with it, and with torch's own quieter layers, the degraded picture is hardly heard at first.
 """
 
 from dataclasses import dataclass

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .framing import rgb_pictures
 from .host import inference_module, run_module, run_operations
-from .weights_file import Weights
+from .residual_block import ResidualBlock
+from .weights_file import Weights, part_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -78,19 +79,6 @@ SIZES = {
 }
 
 
-class ResidualBlock(nn.Module):
-    """Twice GroupNorm, SiLU and a convolution."""
-
-    def __init__(self, channels: int, operations: Any, **factory: Any) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = (operations.GroupNorm(GROUPS, channels, **factory) for _ in range(2))
-        self.conv1, self.conv2 = (operations.Conv2d(channels, channels, 3, padding=1, **factory) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, h, w) -> the same."""
-        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-
-
 class TokenEncoder(nn.Module):
     """Charts to features and to the codes nearest to them."""
 
@@ -101,7 +89,7 @@ class TokenEncoder(nn.Module):
         self.levels = nn.ModuleList()
         for index, channels in enumerate(size.widths):
             down = [operations.Conv2d(size.widths[index - 1], channels, 3, stride=2, padding=1, **factory)] if index else []
-            self.levels.append(nn.Sequential(*down, *(ResidualBlock(channels, operations, **factory) for _ in range(size.blocks))))
+            self.levels.append(nn.Sequential(*down, *(ResidualBlock(channels, GROUPS, operations, **factory) for _ in range(size.blocks))))
         self.out = operations.Conv2d(size.widths[-1], size.width, 1, **factory)
         self.codes = nn.Parameter(torch.empty(size.codes, size.width, **factory))
 
@@ -121,7 +109,8 @@ class TokenEncoder(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """Return the tokens (B, N, width) of pictures (B, 3, H, W): the nearest codes, of a mean square of 1."""
         features = self.features(pictures)
-        return F.embedding(nearest(features, self.codebook(features)), self.codebook(features)).flatten(1, 2) * self.width**0.5
+        codes = self.codebook(features)
+        return F.embedding(nearest(features, codes), codes).flatten(1, 2) * self.width**0.5
 
 
 class ChartDecoder(nn.Module):
@@ -134,7 +123,7 @@ class ChartDecoder(nn.Module):
         self.levels = nn.ModuleList()
         for index, channels in reversed(list(enumerate(size.widths))):
             up = [operations.Conv2d(channels, size.widths[index - 1], 3, padding=1, **factory)] if index else []
-            self.levels.append(nn.Sequential(*(ResidualBlock(channels, operations, **factory) for _ in range(size.blocks)), *up))
+            self.levels.append(nn.Sequential(*(ResidualBlock(channels, GROUPS, operations, **factory) for _ in range(size.blocks)), *up))
         self.norm = operations.GroupNorm(GROUPS, size.widths[0], **factory)
         self.out = operations.Conv2d(size.widths[0], 3 * size.patch**2, 3, padding=1, **factory)
 
@@ -261,7 +250,7 @@ def encoder_patcher(weights: Weights) -> "ModelPatcher":
 
     def make() -> "ModelPatcher":
         # In half precision and back: what `fingerprint` vouches for.
-        tensors = {name.removeprefix(ENCODER): tensor.half().float() for name, tensor in _encoder_tensors(weights).items()}
+        tensors = {name: tensor.half().float() for name, tensor in part_of(weights.tensors, ENCODER).items()}
         return inference_module(lambda **factory: TokenEncoder(SIZES[weights.config["size"]], **factory), tensors)
 
     return weights.once(KIND, make)

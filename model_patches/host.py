@@ -185,11 +185,6 @@ def noise_to_signal(model_sampling: Any, sigma: float) -> float:
     return sigma / max(1 - sigma, 1e-4) if is_flow(model_sampling) else sigma
 
 
-def sigma_at(model_sampling: Any, ratio: float) -> float:
-    """The sigma at which noise has this deviation relative to the latent: what undoes `noise_to_signal`."""
-    return ratio / (1 + ratio) if is_flow(model_sampling) else ratio
-
-
 def signal_level(model_sampling: Any, sigma: float) -> float:
     """What x holds of the clean latent at this sigma: 1, or 1 - sigma for flow models."""
     return 1 - sigma if is_flow(model_sampling) else 1.0

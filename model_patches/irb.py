@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .anatomy import PATCH, Site
 from .first_weights import fill
+from .residual_block import ResidualBlock
 
 GROUPS = 32
 
@@ -43,19 +44,6 @@ class Measures:
 SIZES = {"full": Measures(64, 1.0, 256, 2), "small": Measures(32, 0.5, 128, 1)}
 
 
-class ResidualBlock(nn.Module):
-    """Twice GroupNorm, SiLU and a convolution."""
-
-    def __init__(self, channels: int, operations: Any, **factory: Any) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = (operations.GroupNorm(_groups(channels), channels, **factory) for _ in range(2))
-        self.conv1, self.conv2 = (operations.Conv2d(channels, channels, 3, padding=1, **factory) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, h, w) -> the same."""
-        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-
-
 class Pyramid(nn.Module):
     """The degraded picture at the resolutions of a denoiser.
 
@@ -77,7 +65,7 @@ class Pyramid(nn.Module):
         self.joins, self.levels, before, channels = nn.ModuleList(), nn.ModuleDict(), 1, stem + latent_channels
         for scale, width in widths.items():
             self.joins.append(operations.Conv2d(channels, width, 3, stride=scale // before, padding=1, **factory))
-            self.levels[str(scale)] = nn.Sequential(*(ResidualBlock(width, operations, **factory) for _ in range(measures.blocks)))
+            self.levels[str(scale)] = nn.Sequential(*(ResidualBlock(width, GROUPS, operations, **factory) for _ in range(measures.blocks)))
             before, channels = scale, width
 
     def forward(self, pixels: Tensor, c_lq: Tensor) -> dict[int, Tensor]:
@@ -97,7 +85,7 @@ class Bridge(nn.Module):
 
     def __init__(self, width: int, channels: int, tokens: bool, operations: Any, **factory: Any) -> None:
         super().__init__()
-        self.tokens, self.groups = tokens, _groups(channels)
+        self.tokens, self.groups = tokens, math.gcd(GROUPS, channels)
         layer = operations.Linear if tokens else partial(operations.Conv2d, kernel_size=1)
         self.modulate = layer(width, 3 * channels, **factory)
 
@@ -173,7 +161,3 @@ def initialise_bridge(module: nn.Module, generator: torch.Generator) -> None:
                 third = len(p) // 3
                 p[:third].zero_()
                 p[2 * third:].zero_()
-
-
-def _groups(channels: int) -> int:
-    return math.gcd(GROUPS, channels)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .anatomy import attention_place
 from .learned_prompt import LearnedPrompt
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class Injection:
     def told(self, options: dict[str, Any], paths: list[str]) -> dict[str, Any]:
         """Return the host's transformer_options of one evaluation of a UNet, with the prompts in its cross-attention."""
         patches = options.get("patches", {})
-        patch = self._add_to_context({_place(path): index for index, path in enumerate(paths)})
+        patch = self._add_to_context({attention_place(path): index for index, path in enumerate(paths)})
         return {**options, "patches": {**patches, "attn2_patch": [*patches.get("attn2_patch", ()), patch]}}
 
     def _add_to_context(self, places: dict[tuple, int]) -> Callable:
@@ -161,10 +162,3 @@ def _fitted(tokens: Tensor, rows: int, repeat: bool = False) -> Tensor:
     if repeat and rows % len(tokens) == 0:
         return tokens.repeat(rows // len(tokens), 1)
     return F.pad(tokens[:rows], (0, 0, 0, max(0, rows - len(tokens))))
-
-
-def _place(path: str) -> tuple[str, int, int]:
-    """Return where the host says it is when it calls this module of a UNet: (part, block, transformer)."""
-    parts = path.split(".")
-    transformer = int(parts[parts.index("transformer_blocks") + 1])
-    return ("middle", 0, transformer) if parts[0] == "middle_block" else (parts[0].removesuffix("_blocks"), int(parts[1]), transformer)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .anatomy import Site
+from .anatomy import Site, attention_place
 from .first_weights import fill
 from .host import attention
 
@@ -67,15 +67,7 @@ def attended_places(model: "BaseModel", sites: tuple[Site, ...], size: str, unet
 
 def _copied(path: str, layer: nn.Module, size: str) -> Attended:
     heads = layer.heads if size == "full" else max(1, layer.heads // 2)
-    return Attended(_place(path), layer.to_q.in_features, heads, layer.dim_head, layer.to_k.in_features, path)
-
-
-def _place(path: str) -> str:
-    """input_blocks.4.1.transformer_blocks.0.attn2 -> input4_0, as `place_of` makes it of the host's numbers."""
-    parts = path.split(".")
-    kind = parts[0].removesuffix("_blocks").removesuffix("_block")
-    block = "0" if kind == "middle" else parts[1]
-    return f"{kind}{block}_{parts[parts.index('transformer_blocks') + 1]}"
+    return Attended("{}{}_{}".format(*attention_place(path)), layer.to_q.in_features, heads, layer.dim_head, layer.to_k.in_features, path)
 
 
 def place_of(options: dict[str, Any]) -> str:

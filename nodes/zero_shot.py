@@ -315,7 +315,7 @@ class NoiseMatchedStart(io.ComfyNode):
         pictures = rgb_pictures(image, "Noise-Matched Start")
         start = MatchedStart.of([latent_noise(model, vae, picture) for picture in pictures.split(1)], at_least, noise_seed)
         sigmas = start.sigmas(model.get_model_object("model_sampling"), steps)
-        return io.NodeOutput(start, sigmas, start.start / (1 + start.start))
+        return io.NodeOutput(start, sigmas, start.share)
 
 
 class RecurrentRenoising(io.ComfyNode):

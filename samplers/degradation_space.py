@@ -58,7 +58,9 @@ class DegradationSpaceSampler(comfy.samplers.Sampler):
             shown = _showing(callback, space, index, self.samples)
             own, args = noise, extra_args
             if index:
-                own, args = round_noise(noise, extra_args.get("seed") or 0, index - 1), of_round(extra_args, sigmas, index - 1)
+                # Where the first sample was given no noise the others get none: they start at the same place.
+                own = round_noise(noise, extra_args.get("seed") or 0, index - 1) * (noise != 0)
+                args = of_round(extra_args, sigmas, index - 1)
             found = found + inner.sample(model_wrap, sigmas, args, shown, own, start.clone(), denoise_mask, disable_pbar)
         return space.picture(found / self.samples)
 

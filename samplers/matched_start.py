@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..model_patches.framing import pad_to
-from ..model_patches.host import encode_pictures, initial_noise, sigma_at
+from ..model_patches.host import encode_pictures, initial_noise, is_flow
+from .bridge import Path
 from .first_guess import noise_level
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class MatchedStart:
         """Start at the noise of the noisiest picture, and at no less than a share of noise, 0..1, in the mixture of noise and picture."""
         return cls(seed, tuple(found), max(*found, at_least / (1 - at_least)))
 
+    @property
+    def share(self) -> float:
+        """The share of noise in the mixture at the start, 0..1: the time t of a flow."""
+        return self.start / (1 + self.start)
+
     def generate_noise(self, latent: dict[str, Any]) -> Tensor:
         """Return noise for the latents of a LATENT that brings all of them to the start: variances add up to that of the schedule."""
         noise = initial_noise(latent, self.seed)
@@ -83,5 +89,5 @@ class MatchedStart:
 
     def sigmas(self, model_sampling: Any, steps: int) -> Tensor:
         """Return (steps + 1,) sigmas from the start down to 0, even in the share that noise has in the mixture."""
-        shares = torch.linspace(self.start / (1 + self.start), 0.0, steps + 1).tolist()
-        return torch.tensor([sigma_at(model_sampling, share / (1 - share)) for share in shares])
+        times = torch.linspace(self.share, 0.0, steps + 1, dtype=torch.float64)
+        return Path(1.0, is_flow(model_sampling)).sigma(times).float()

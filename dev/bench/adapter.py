@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -46,7 +45,7 @@ from ...training.trainee import Models  # noqa: E402
 from . import report  # noqa: E402
 from .controlnet import ControlNetTrainee  # noqa: E402
 from .remembered import RememberingVAE, SamePairs  # noqa: E402
-from .scenes import SCENES, figures, mean, seeded  # noqa: E402
+from .scenes import SCENES, figures, mean, over_scenes, seeded  # noqa: E402
 
 NOISE, MIXTURE = "noise 50", "Real-ESRGAN mild x2"
 RECIPES = {
@@ -215,17 +214,11 @@ def attached(lab: Lab, trainee: RestorationAdapterTrainee) -> Iterator[None]:
 
 def evaluated(make: Callable[[Tensor, str, int], Tensor], degradation: str, scenes: tuple[str, ...], seeds: tuple[int, ...]) -> dict[str, Any]:
     """Figures over scenes and seeds; the motorcycle pair is one scene."""
-    begun, rows, count = time.monotonic(), [], 0
-    for scene in scenes:
-        of_scene = []
-        for name in SCENES[scene]:
-            for seed in seeds:
-                clean, damaged, words = degraded(name, degradation, seed)
-                of_scene.append(figures(make(damaged, words, seed), clean))
-                count += 1
-        rows.append(mean(of_scene))
-    spread = torch.tensor([row["psnr"] for row in rows]).std(unbiased=False).item()
-    return {**mean(rows), "psnr_std": spread, "seconds": (time.monotonic() - begun) / count, "n": len(scenes), "seeds": len(seeds)}
+    def one(name: str, seed: int) -> dict[str, float]:
+        clean, damaged, words = degraded(name, degradation, seed)
+        return figures(make(damaged, words, seed), clean)
+
+    return over_scenes(one, scenes, seeds)
 
 
 def row_of(results: report.Results, lab: Lab, run: Run, label: str, options: argparse.Namespace, way: Way, trained: Callable[[], Any]) -> dict[str, Any]:

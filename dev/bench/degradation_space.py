@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from . import report  # noqa: E402
 from .adapter import Watcher, training_pictures  # noqa: E402
 from .degradation_oracle import COMPOSITE, RECIPES, TASKS, degraded  # noqa: E402
 from .remembered import RememberingVAE  # noqa: E402
-from .scenes import SCENES, figures, mean, seeded  # noqa: E402
+from .scenes import SCENES, figures, mean, over_scenes, seeded  # noqa: E402
 
 SEEDS = (0, 1, 2)
 RANK, CROP, BATCH, STEPS, RATE = 8, 128, 8, 1500, 1e-3
@@ -182,20 +181,13 @@ def restore(lab: Lab, trainee: DegradationTrainee, picture: Tensor, degradation:
 def evaluated(lab: Lab, trainee: DegradationTrainee, degradation: str, way: Way, options: argparse.Namespace,
               estimator: Weights | None = None) -> dict[str, Any]:
     """Figures over scenes and seeds, and how near the result is to the input and to the input through the VAE."""
-    begun, rows, count = time.monotonic(), [], 0
-    for scene in options.scenes:
-        of_scene = []
-        for name in SCENES[scene]:
-            for seed in options.seeds:
-                clean, damaged, words = degraded(name, degradation, seed)
-                restored = restore(lab, trainee, damaged, degradation, words, seed, way, estimator)
-                through = lab.models.vae.decode(lab.models.vae.encode(damaged)).clamp(0, 1)
-                of_scene.append({**figures(restored, clean), "to_input": figures(restored, damaged)["psnr"],
-                                 "to_encoded_input": figures(restored, through)["psnr"]})
-                count += 1
-        rows.append(mean(of_scene))
-    spread = torch.tensor([row["psnr"] for row in rows]).std(unbiased=False).item()
-    return {**mean(rows), "psnr_std": spread, "seconds": (time.monotonic() - begun) / count, "n": len(rows), "seeds": len(options.seeds)}
+    def one(name: str, seed: int) -> dict[str, float]:
+        clean, damaged, words = degraded(name, degradation, seed)
+        restored = restore(lab, trainee, damaged, degradation, words, seed, way, estimator)
+        through = lab.models.vae.decode(lab.models.vae.encode(damaged)).clamp(0, 1)
+        return {**figures(restored, clean), "to_input": figures(restored, damaged)["psnr"], "to_encoded_input": figures(restored, through)["psnr"]}
+
+    return over_scenes(one, options.scenes, options.seeds)
 
 
 def input_row(degradation: str, options: argparse.Namespace, results: report.Results) -> dict[str, Any]:

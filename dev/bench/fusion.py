@@ -6,8 +6,7 @@ The rows belong to `python dev bench unildiff`, which adds those of the detail e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +25,7 @@ import comfy.sample  # noqa: E402 - after boot
 from ...lab.photographs import evaluation_photograph  # noqa: E402
 from ...model_patches.encoder_features import feature_channels, feature_vae  # noqa: E402
 from ...model_patches.fusion_patch import grown, new_fusion  # noqa: E402
-from ...model_patches.host import gradients, weights_fingerprint  # noqa: E402
+from ...model_patches.host import weights_fingerprint  # noqa: E402
 from ...model_patches.weights_file import Weights, save_weights  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.fusion import FusionTrainee  # noqa: E402
@@ -36,9 +35,9 @@ from ...training.settings import Settings  # noqa: E402
 from ...training.sources import good_folder  # noqa: E402
 from ...training.trainee import Models  # noqa: E402
 from . import report  # noqa: E402
-from .adapter import HOME, Lab, Watcher, new_weights, training_pictures  # noqa: E402
+from .adapter import HOME, Lab, Watcher, attached, new_weights, training_pictures  # noqa: E402
 from .remembered import RememberingVAE, SamePairs  # noqa: E402
-from .scenes import SCENES, eight_bit, figures, mean, seeded  # noqa: E402
+from .scenes import SCENES, eight_bit, figures, over_scenes, seeded  # noqa: E402
 
 TASKS = {
     "noise": recipe_of({"gaussian noise": 3}), "haze": recipe_of({"haze": 2}), "rain": recipe_of({"rain": 2}), "blur": recipe_of({"blur": 2}),
@@ -112,13 +111,6 @@ class FusionLab(Lab):
         return trainee
 
 
-@contextmanager
-def attached(lab: FusionLab, trainee: RestorationAdapterTrainee) -> Iterator[None]:
-    """The trainee on its models, without gradients."""
-    with gradients(), trainee.attach(lab.models), torch.no_grad():
-        yield
-
-
 def sampled(lab: FusionLab, trainee: RestorationAdapterTrainee, picture: Tensor, seed: int) -> Tensor:
     """Return the raw latent (1, C, h, w) that an attached trainee makes of a damaged picture (1, H, W, 3), from pure noise and without a prompt."""
     noise = torch.randn(1, 16, picture.shape[1] // 8, picture.shape[2] // 8, generator=seeded(seed))
@@ -147,12 +139,11 @@ def case(name: str, task: str, seed: int) -> tuple[Tensor, Tensor]:
 
 def evaluated(make: Callable[[Tensor, int], Tensor], task: str, scenes: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Figures of make(damaged, seed) over scenes and seeds; the motorcycle pair is one scene."""
-    found = []
-    for scene in scenes:
-        cases = [(*case(name, task, seed), seed) for name in SCENES[scene] for seed in seeds]
-        found.append(mean([measures(make(damaged, seed), clean) for clean, damaged, seed in cases]))
-    spread = torch.tensor([row["psnr"] for row in found]).std(unbiased=False).item()
-    return {**mean(found), "psnr_std": spread, "n": len(scenes), "seeds": len(seeds)}
+    def one(name: str, seed: int) -> dict[str, float]:
+        clean, damaged = case(name, task, seed)
+        return measures(make(damaged, seed), clean)
+
+    return over_scenes(one, scenes, seeds)
 
 
 def rows(lab: FusionLab, results: report.Results, scenes: Sequence[str] = tuple(SCENES), seeds: Sequence[int] = (0, 1, 2),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +39,7 @@ from . import report  # noqa: E402
 from .adapter import HOME, PICTURES, TRAINED, Watcher, training_pictures  # noqa: E402
 from .panning import video_rows  # noqa: E402
 from .remembered import RememberingVAE, SamePairs  # noqa: E402
-from .scenes import SCENES, eight_bit, figures, mean, seeded  # noqa: E402
+from .scenes import SCENES, eight_bit, figures, over_scenes, seeded  # noqa: E402
 
 DEGRADATIONS = ("noise", "lowlight", "haze", "blur")
 # Weak noise, so that the blur cannot simply be divided out.
@@ -172,17 +171,11 @@ def blended(weights: list[Weights], mode: str) -> Way:
 
 def evaluated(make: Callable[[Tensor, int], Tensor], degradation: str, options: argparse.Namespace) -> dict[str, Any]:
     """Figures over scenes and seeds; the motorcycle pair is one scene."""
-    begun, rows, count = time.process_time(), [], 0
-    for scene in options.scenes:
-        of_scene = []
-        for name in SCENES[scene]:
-            for seed in options.seeds:
-                clean = evaluation_photograph(name).permute(1, 2, 0)[None]
-                of_scene.append(figures(make(eight_bit(damage(clean, degradation, seed)), seed), clean))
-                count += 1
-        rows.append(mean(of_scene))
-    spread = torch.tensor([row["psnr"] for row in rows]).std(unbiased=False).item()
-    return {**mean(rows), "psnr_std": spread, "seconds": (time.process_time() - begun) / count, "n": len(options.scenes), "seeds": len(options.seeds)}
+    def one(name: str, seed: int) -> dict[str, float]:
+        clean = evaluation_photograph(name).permute(1, 2, 0)[None]
+        return figures(make(eight_bit(damage(clean, degradation, seed)), seed), clean)
+
+    return over_scenes(one, options.scenes, options.seeds)
 
 
 def row_of(results: report.Results, lab: Lab, degradation: str, label: str, options: argparse.Namespace, way: Callable[[], Way],
@@ -269,8 +262,7 @@ A small-scale reproduction on the lab prior (lab/README.md). Prompts of 16 token
 lab's own pictures, crops of {crop} px, each degraded in one way), {steps} steps of {batch}, learning rate {rate:g}, ten times that for the alphas. Restored
 with {sampling} steps from T0 0.4, cfg 1. The degradations are those of the zero-shot evaluation (noise 50, low light, haze), and a Gaussian blur of sigma 2
 with noise of 2/255. "words": a text that says how the restored picture looks, in words the lab knows. "trained naively": on degraded latents under noise
-(weighted as at T0), sampled with Euler steps over the same sigmas, and on the bridge. Four scenes, {seeds} seed(s); PSNR in dB; seconds of processor time a
-picture. Full-size models were checked for shapes only.
+(weighted as at T0), sampled with Euler steps over the same sigmas, and on the bridge. Four scenes, {seeds} seed(s); PSNR in dB; seconds a picture. Full-size models were checked for shapes only.
 """
 VIDEO = """### Video
 

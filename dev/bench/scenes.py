@@ -1,7 +1,10 @@
 """The evaluation photographs as scenes, and the figures that every benchmark prints."""
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import piq
@@ -69,6 +72,15 @@ def figures(image: Tensor, clean: Tensor) -> dict[str, float]:
 def mean(rows: list[dict[str, float]]) -> dict[str, float]:
     """Average dictionaries of numbers key by key."""
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} if rows else {}
+
+
+def over_scenes(one: Callable[[str, int], dict[str, float]], scenes: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Average one(photograph, seed) over scenes and seeds; the motorcycle pair is one scene. `psnr_std` is the deviation over scenes."""
+    begun = time.monotonic()
+    of_scene = [[one(name, seed) for name in SCENES[scene] for seed in seeds] for scene in scenes]
+    rows, count = [mean(found) for found in of_scene], sum(map(len, of_scene))
+    spread = torch.tensor([row["psnr"] for row in rows]).std(unbiased=False).item()
+    return {**mean(rows), "psnr_std": spread, "seconds": (time.monotonic() - begun) / count, "n": len(scenes), "seeds": len(seeds)}
 
 
 def seeded(seed: int) -> torch.Generator:

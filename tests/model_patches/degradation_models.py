@@ -78,11 +78,11 @@ def applied(family, weights, degraded=None, told=None, strength=1.0, cfg=1.0, ma
 
 
 def sampled(patcher, family, sampler=None, steps=STEPS, seed=1, cfg=1.0, denoise=1.0, latent=None, batch=1, height=8, width=8, noise_mask=None,
-            callback=None):  # fmt: skip
-    """LATENT samples, as SamplerCustom makes them."""
+            callback=None, noisy=True):  # fmt: skip
+    """LATENT samples, as SamplerCustom makes them; not `noisy` is its add_noise switched off."""
     shape = tiny_models.latent_shape(family, batch, height, width)
     latent = torch.zeros(shape) if latent is None else latent
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * noisy
     sampling = patcher.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", round(steps / denoise))[-steps - 1:]
     positive, negative = tiny_models.conditioning(family), tiny_models.conditioning(family, 2)

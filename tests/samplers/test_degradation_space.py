@@ -169,6 +169,13 @@ def test_samples_are_averaged_and_counted_as_one_run():
     assert len(set(finds.seeds)) == 3 and len({tuple(start.flatten()[:4].tolist()) for start in finds.starts}) == 3
 
 
+def test_without_added_noise_every_sample_starts_where_the_first_does():
+    patcher = applied("sd15", without_lora(trained("sd15")))
+    finds, sampler = finding(samples=3)
+    sampled(patcher, "sd15", sampler, denoise=0.5, noisy=False)
+    assert len(finds.starts) == 3 and all(torch.equal(start, finds.starts[0]) for start in finds.starts)
+
+
 @pytest.mark.parametrize("inner", ["euler_ancestral", "uni_pc"])
 def test_any_sampler_may_run_inside(inner):
     patcher = applied("sd15", without_lora(trained("sd15")))

@@ -5,7 +5,7 @@ import torch
 
 from comfy.nested_tensor import NestedTensor
 from mend.lab.prior import load_lab_prior
-from mend.model_patches.host import noise_to_signal, sigma_at
+from mend.model_patches.host import noise_to_signal
 from mend.samplers.matched_start import MatchedStart, latent_noise
 from mend.tests import tiny_models
 from mend.tests.training.tiny_training import video_vae
@@ -68,7 +68,7 @@ def test_the_schedule_falls_evenly_from_the_start_to_nothing(family):
     assert ratios[0].item() == pytest.approx(0.25, rel=1e-4)
     # Steps of the share of noise in the mixture: 0.25 / 1.25 in five.
     torch.testing.assert_close((ratios / (1 + ratios)).diff(), torch.full((5,), -0.04), atol=1e-5, rtol=0)
-    assert sigma_at(sampling, 0.25) == pytest.approx(float(sigmas[0]), rel=1e-6)
+    assert start.share == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

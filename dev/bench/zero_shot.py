@@ -19,6 +19,7 @@ from ...samplers.posterior_guidance import Counters, Posterior
 from ...samplers.quality import Quality
 from ...samplers.recurrence import RecurrentSampler
 from ...samplers.returned_detail import coded, returned_detail
+from .kept_run import KeptRun
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,22 @@ class Prior:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
 
 
-def restore(prior: Prior, degraded: Tensor, caption: str, recipe: Recipe, seed: int) -> tuple[Tensor, Work]:
+def restore(prior: Prior, degraded: Tensor, caption: str, recipe: Recipe, seed: int, kept: KeptRun | None = None) -> tuple[Tensor, Work]:
     """Restore (1, H, W, 3) as the shared workflow does.
+
+    Args:
+        kept: samples in place of the recipe's sampler, and may go on with an earlier run.
 
     Returns:
         (restored picture in 0..1, work done).
     """
     comfy.utils.set_progress_bar_enabled(False)
-    begun, counters, calls = time.perf_counter(), Counters(), [0]
+    begun, counters, calls = (kept.begun if kept else time.perf_counter()), Counters(), (kept.calls if kept else [0])
     start = guessed(degraded, recipe) if recipe.guess else degraded
     model = _counted(prior.model, calls)
     if recipe.posterior is not None:
-        model = GuidedModel(recipe.posterior, recipe.alignment, recipe.quality, prior.vae, degraded, on_finish=lambda done: _add(counters, done)).attach(model)
+        guided = kept.guided if kept else GuidedModel
+        model = guided(recipe.posterior, recipe.alignment, recipe.quality, prior.vae, degraded, on_finish=lambda done: _add(counters, done)).attach(model)
     latent = prior.vae.encode(start)
     sampling = model.get_model_object("model_sampling")
     if recipe.matched:
@@ -101,7 +106,7 @@ def restore(prior: Prior, degraded: Tensor, caption: str, recipe: Recipe, seed: 
         total = recipe.steps if recipe.denoise >= 1 else int(recipe.steps / recipe.denoise)
         noise = comfy.sample.prepare_noise(latent, seed)
         sigmas = comfy.samplers.calculate_sigmas(sampling, recipe.scheduler, total)[-(recipe.steps + 1):]
-    sampler = comfy.samplers.sampler_object(recipe.sampler)
+    sampler = kept.sampler() if kept else comfy.samplers.sampler_object(recipe.sampler)
     if recipe.rounds:
         sampler = RecurrentSampler(sampler, recipe.rounds, recipe.gamma)
     guider = comfy.samplers.CFGGuider(model)

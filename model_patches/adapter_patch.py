@@ -97,22 +97,22 @@ class AdapterPatch(ConditionedPatch):
 
     def _visit(self, site: Site, x_t: Tensor, emb: Tensor, options: dict) -> Tensor:
         evaluation = options[self.condition.key]
-        if evaluation.feature is None:
-            evaluation.feature = self.network.embed(evaluation.c_lq.to(x_t))
+        if not evaluation.features:
+            evaluation.features["stem"] = self.network.embed(evaluation.c_lq.to(x_t))
 
         def adapted(picture: Tensor) -> Tensor:
-            change, evaluation.feature = self.network.adapters[site.name](evaluation.feature, picture, emb.to(picture))
+            change = self.network.change(site.name, evaluation.features, picture, emb.to(picture))
             return picture + self.strength * self.network.weigh(evaluation.mask.to(picture), picture) * change
 
-        return changed_picture(x_t, evaluation.feature.shape[1], adapted) if self.network.tokens else adapted(x_t)
+        return changed_picture(x_t, evaluation.features["stem"].shape[1], adapted) if self.network.tokens else adapted(x_t)
 
 
 class _Evaluation:
-    """What one evaluation of the model knows: the degraded latent, the mask, and the LQ feature as the last adapter left it."""
+    """What one evaluation of the model knows: the degraded latent, the mask, and the LQ features that stem and adapters have made of it."""
 
     def __init__(self, c_lq: Tensor, mask: Tensor) -> None:
         self.c_lq, self.mask = c_lq, mask
-        self.feature: Tensor | None = None
+        self.features: dict[str, Tensor] = {}
 
 
 def inference_patcher(weights: Weights, anatomy: Anatomy) -> "ModelPatcher":

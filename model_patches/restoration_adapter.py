@@ -8,6 +8,9 @@ timestep embedding:
 Only `zero` starts at zero, so a fresh adapter leaves the model as it is. The paper does not say what an adapter block holds. Here it is GroupNorm,
 SiLU and a convolution for UNets, LayerNorm, a linear layer and GELU for transformers. With the paper's topology 3x3 convolutions everywhere would be
 186 M parameters on SDXL (it reports 157 M), three quarters of them in the up blocks, so the fine up blocks make do with 1x1 (see KERNELS).
+
+Nor does it say how the LQ feature finds its detail again after a UNet's coarse middle. Here an adapter going up adds fine(feature of the same
+resolution on the way down, or the stem's); without it adapters of a UNet hardly learn to restore from pure noise.
 """
 
 from typing import Any
@@ -71,10 +74,13 @@ class Adapter(nn.Module):
     block1: nn.Module
     block2: nn.Module
     zero: nn.Module
+    fine: nn.Module | None
 
-    def forward(self, feature: Tensor, x_t: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (what is added to X_t, the LQ feature for the next adapter), both shaped like X_t."""
+    def forward(self, feature: Tensor, x_t: Tensor, emb: Tensor, detail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (what is added to X_t, the LQ feature for the next adapter), both shaped like X_t; `detail` is what `fine` takes."""
         h = self.lq(self.aligned(feature, x_t)) + self.shaped(self.time(F.silu(emb)), x_t) + x_t
+        if self.fine is not None:
+            h = h + self.fine(detail)
         h = h + self.block1(h)
         h = h + self.block2(h)
         return self.zero(h), h
@@ -91,7 +97,7 @@ class Adapter(nn.Module):
 class UNetAdapter(Adapter):
     """The variant for UNets: features are (B, C, h, w)."""
 
-    def __init__(self, before: Site, site: Site, emb: int, kernels: tuple[int, int, int], operations: Any, **factory: Any) -> None:
+    def __init__(self, before: Site, site: Site, level: Site | None, emb: int, kernels: tuple[int, int, int], operations: Any, **factory: Any) -> None:
         super().__init__()
         self.stride = 2 if site.scale > before.scale else 1
         self.lq = ConvAdapterBlock(before.channels, site.channels, kernels[0], self.stride, operations, **factory)
@@ -99,6 +105,7 @@ class UNetAdapter(Adapter):
         self.block1 = ConvAdapterBlock(site.channels, site.channels, kernels[1], 1, operations, **factory)
         self.block2 = ConvAdapterBlock(site.channels, site.channels, kernels[2], 1, operations, **factory)
         self.zero = operations.Conv2d(site.channels, site.channels, 1, **factory)
+        self.fine = None if level is None else operations.Conv2d(level.channels, site.channels, 1, **factory)
 
     def aligned(self, feature: Tensor, x_t: Tensor) -> Tensor:
         """Going down, `lq` halves by its stride; going up, the feature is repeated."""
@@ -121,6 +128,7 @@ class TransformerAdapter(Adapter):
         self.block1 = LinearAdapterBlock(channels, operations, **factory)
         self.block2 = LinearAdapterBlock(channels, operations, **factory)
         self.zero = operations.Linear(channels, channels, **factory)
+        self.fine = None
 
 
 class RestorationAdapter(nn.Module):
@@ -137,16 +145,25 @@ class RestorationAdapter(nn.Module):
         super().__init__()
         sites = adapter_sites(anatomy)
         first = sites[0]
-        self.names = [site.name for site in sites]
         self.tokens = anatomy.kind != "unet"
+        # What each adapter is given, by the name of what made it: the LQ feature, and the detail on the way up.
+        self.given = {site.name: (name, None) for name, site in zip(["stem", *(site.name for site in sites)], sites)}
         if self.tokens:
             self.stem = operations.Conv2d(anatomy.latent_channels, first.channels, first.scale, stride=first.scale, **factory)
             adapters = [TransformerAdapter(site.channels, anatomy.emb, operations, **factory) for site in sites]
         else:
             self.stem = operations.Conv2d(anatomy.latent_channels, first.channels, 3, padding=1, **factory)
             before = [Site("stem", "input", -1, first.channels, 1), *sites[:-1]]
-            adapters = [UNetAdapter(b, site, anatomy.emb, _kernels(site, size), operations, **factory) for b, site in zip(before, sites)]
-        self.adapters = nn.ModuleDict(dict(zip(self.names, adapters)))
+            levels = [_level(site, before[:index + 1]) for index, site in enumerate(sites)]
+            self.given = {site.name: (b.name, level and level.name) for b, site, level in zip(before, sites, levels)}
+            adapters = [UNetAdapter(b, site, level, anatomy.emb, _kernels(site, size), operations, **factory) for b, site, level in zip(before, sites, levels)]
+        self.adapters = nn.ModuleDict(dict(zip(self.given, adapters)))
+
+    def change(self, name: str, features: dict[str, Tensor], x_t: Tensor, emb: Tensor) -> Tensor:
+        """Return what one adapter adds to X_t, and put its LQ feature among `features`, which begin with {"stem": embed(c_lq)}."""
+        feature, detail = self.given[name]
+        change, features[name] = self.adapters[name](features[feature], x_t, emb, features.get(detail))
+        return change
 
     def embed(self, c_lq: Tensor) -> Tensor:
         """Return the first LQ feature of latents (B, C, h, w) or (B, C, f, h, w)."""
@@ -167,6 +184,13 @@ class RestorationAdapter(nn.Module):
 def initialise(adapter: RestorationAdapter, generator: torch.Generator) -> None:
     """Fill the weights, which the host's layers leave empty: everything as torch would, only the last layers zero."""
     fill(adapter, generator)
+
+
+def _level(site: Site, earlier: list[Site]) -> Site | None:
+    """The last place on the way down, the stem among them, with the resolution that `site` returns to; None on the way down itself."""
+    if not site.name.startswith("up"):
+        return None
+    return next((place for place in reversed(earlier) if place.kind == "input" and place.scale == site.scale), None)
 
 
 def _kernels(site: Site, size: str) -> tuple[int, int, int]:

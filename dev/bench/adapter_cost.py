@@ -45,11 +45,11 @@ def adapter_macs(size: FullSize, model: Model, network: RestorationAdapter) -> f
     side = PIXELS // 8
 
     def run() -> None:
-        feature = network.embed(size.latent(PIXELS))
+        features = {"stem": network.embed(size.latent(PIXELS))}
         for site in adapter_sites(anatomy):
             places = side // site.scale
             x_t = empty(1, places * places, site.channels) if network.tokens else empty(1, site.channels, places, places)
-            _, feature = network.adapters[site.name](feature, x_t, empty(1, anatomy.emb))
+            network.change(site.name, features, x_t, empty(1, anatomy.emb))
 
     return macs(run)
 

@@ -258,7 +258,7 @@ COLUMNS = ("method", "degradation", "prior", "n", "seeds", "psnr", "psnr_std", "
 VIDEO_COLUMNS = ("way", "frames", "psnr", "jump_at_joins", "jump_elsewhere", "model_calls", "seconds")
 INTRODUCTION = """## Learned prompts: `python dev bench learned_prompt`
 
-A small-scale reproduction on the lab prior (lab/README.md). Prompts of 16 tokens with one alpha per attention module were trained on {pictures} pairs (the
+A small-scale reproduction on the lab prior (lab/README.md), here its {priors}. Prompts of 16 tokens with one alpha per attention module were trained on {pictures} pairs (the
 lab's own pictures, crops of {crop} px, each degraded in one way), {steps} steps of {batch}, learning rate {rate:g}, ten times that for the alphas. Restored
 with {sampling} steps from T0 0.4, cfg 1. The degradations are those of the zero-shot evaluation (noise 50, low light, haze), and a Gaussian blur of sigma 2
 with noise of 2/255. "words": a text that says how the restored picture looks, in words the lab knows. "trained naively": on degraded latents under noise
@@ -273,7 +273,7 @@ from one frame to the next, in thousandths of a latent, where windows begin or e
 
 
 def main() -> None:
-    """Train, evaluate, print; a run of everything writes the evidence."""
+    """Train, evaluate, print; a run over all degradations, scenes and seeds writes the evidence of its priors."""
     parser = argparse.ArgumentParser(prog="python dev bench learned_prompt", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the committed prompts on coffee, one seed: a few minutes on two cores")
     parser.add_argument("--json", action="store_true", help="end with the rows as one line of JSON")
@@ -314,9 +314,9 @@ def full(options: argparse.Namespace) -> list[dict[str, Any]]:
             table(mixed_table(lab, options, results, lambda part, lab=lab: lab.trained(Run(lab.kind, part, "bridge", options.rate)), named))
     tables.append(VIDEO)
     table(video_rows(), VIDEO_COLUMNS)
-    if (tuple(options.prior), tuple(options.degradation), options.scenes, options.seeds) == (("unet", "dit"), DEGRADATIONS, tuple(SCENES), SEEDS):
-        introduction = INTRODUCTION.format(pictures=PICTURES, crop=CROP, steps=options.steps, batch=BATCH, rate=options.rate, sampling=SAMPLING_STEPS,
-                                           seeds=len(options.seeds))
+    if (tuple(options.degradation), options.scenes, options.seeds) == (DEGRADATIONS, tuple(SCENES), SEEDS):
+        introduction = INTRODUCTION.format(priors=" and its ".join(options.prior), pictures=PICTURES, crop=CROP, steps=options.steps, batch=BATCH,
+                                           rate=options.rate, sampling=SAMPLING_STEPS, seeds=len(options.seeds))
         report.write_section("learned_prompt", "\n".join([introduction, *tables]))
     return rows
 

@@ -104,6 +104,21 @@ def test_help_page(node_id):
         assert "| Parameter | Description | Data Type | Required | Range |" in section(node_id, "Inputs")
 
 
+def marked(text):
+    """What stands in backticks, which no translation changes."""
+    return sorted(set(re.findall(r"`([^`\n]+)`", text)))
+
+
+@every_node
+def test_chinese_help_page(node_id):
+    text, english = (ROOT / "web" / "docs" / node_id / "zh.md").read_text(encoding="utf-8"), help_page(node_id)
+    assert text.startswith(f"# {locale('zh')[node_id]['display_name']}\n")
+    assert re.findall(r"^\| (`[^`]+`) \|", text, re.MULTILINE) == re.findall(r"^\| (`[^`]+`) \|", english, re.MULTILINE), "the same ports in the same order"
+    assert marked(text) == marked(english), "a page that was changed is changed in both languages"
+    assert [len(heading) for heading in re.findall(r"^(#+) ", text, re.MULTILINE)] == [len(heading) for heading in re.findall(r"^(#+) ", english, re.MULTILINE)]
+    assert text.count("\n- ") == english.count("\n- ")
+
+
 @every_node
 def test_english_is_what_the_schema_says(node_id):
     wanted = expected_locale(node_id)
@@ -147,5 +162,12 @@ def test_workflows_use_every_node():
     assert not NODES.keys() - used, f"no workflow uses {sorted(NODES.keys() - used)}"
 
 
+def test_every_workflow_has_a_picture():
+    """The host lists them as templates."""
+    names = {suffix: {file.stem for file in (ROOT / "workflows").glob(f"*{suffix}")} for suffix in (".json", ".jpg")}
+    assert names[".json"] == names[".jpg"]
+
+
 def test_help_pages_belong_to_nodes():
-    assert {file.stem for file in (ROOT / "web" / "docs").glob("*.md")} <= NODES.keys()
+    docs = ROOT / "web" / "docs"
+    assert {file.stem for file in docs.glob("*.md")} | {file.parent.name for file in docs.glob("*/*.md")} <= NODES.keys()

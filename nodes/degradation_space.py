@@ -64,7 +64,7 @@ class NewDegradationModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "size", options=list(SIZES), default="full",
-                    tooltip="full: as wide as the model. small: half as wide, for small models or little memory.",
+                    tooltip="full: on UNets as wide as the model, on others narrower. small: half as wide as full, for small models or little memory.",
                 ),
                 io.Int.Input("lora_rank", default=32, min=0, max=512, tooltip="Rank of the LoRA on self-attention. 0 leaves it out."),
                 seed_input("Fixes the numbers it starts from. A fresh one changes nothing, whatever the seed."),

@@ -36,7 +36,7 @@ class NewFusion(io.ComfyNode):
             node_id="MendNewFusion",
             display_name=NEW,
             category="restoration/fusion",
-            description="Make an untrained degradation-aware fusion for your model: one small network at its entrance that will learn to "
+            description="Make an untrained degradation-aware fusion for your model: one network at its entrance that will learn to "
             "read the damaged picture, whatever the damage is. Connect it to Train.",
             search_aliases=["unildiff", "daff", "feature fusion", "all in one restoration", "train restoration", "degradation aware"],
             inputs=[

@@ -29,7 +29,7 @@ class LoadAnyLora(io.ComfyNode):
             display_name=NODE,
             category="restoration/weights",
             description="Apply a LoRA file that Load LoRA does not take, or takes only in part: files from training scripts of diffusers and PEFT "
-            "name their layers in other ways. For all other files Load LoRA does the same.",
+            "name their layers in other ways. For all other files Load LoRA does the same. Keys for text encoders need Load LoRA (Model and CLIP).",
             search_aliases=["lora", "peft", "diffusers lora", "lora not loaded", "lora key not loaded", "adapter_model"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the LoRA was trained on."),
@@ -56,7 +56,8 @@ class LoadAnyLora(io.ComfyNode):
         if len(text) < len(left):
             log.warning("%s: %s has keys for no layer of this model, which are left out: %s", NODE, file, _some([key for key in left if key not in text]))
         if text:
-            log.warning("%s: %s also has %d keys for text encoders. Load LoRA applies those.", NODE, file, len(text))
+            log.warning("%s: %s also has %d keys for text encoders. Load LoRA (Model and CLIP) applies those; set its strength_model to 0 so that "
+                        "the model's part does not count twice.", NODE, file, len(text))
         return io.NodeOutput(with_lora(model, tensors, strength) if strength else model.clone())
 
 

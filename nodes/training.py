@@ -82,7 +82,7 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "clip_gradient", default=1.0, min=0.0, max=1000.0, step=0.1, round=False, advanced=True,
-            tooltip="Shortens steps that a single bad sample makes too long. 0 switches it off.",
+            tooltip="Shortens gradients that a single bad sample makes too long. 0 switches it off.",
         ),
         io.Float.Input(
             "ema", default=0.0, min=0.0, max=0.99999, step=0.001, round=False, advanced=True,

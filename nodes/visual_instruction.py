@@ -152,7 +152,11 @@ class EstimateVisualInstruction(io.ComfyNode):
             outputs=[
                 MendInstruction.Output(display_name="instruction", tooltip="For a degradation model; a batch of pictures has one each."),
                 io.Image.Output(display_name="chart", tooltip="A test chart with the damage that was found, one for each picture."),
-                io.String.Output(display_name="words", tooltip="Words for it, such as 'hazy, noisy'; empty if nothing was found."),
+                io.String.Output(
+                    display_name="words",
+                    tooltip="Words for it, such as 'hazy, noisy'; for a batch, one text with the words of all pictures. Empty if nothing was "
+                    "found.",
+                ),
             ],
         )  # fmt: skip
 

@@ -63,7 +63,7 @@ class SaveWeights(io.ComfyNode):
             "overwritten: each run writes a file with the next number.",
             search_aliases=["save adapter", "export adapter", "save mend", "mend weights"],
             inputs=[
-                WeightsSocket.Input("weights", tooltip="What to save, from Train."),
+                WeightsSocket.Input("weights", tooltip="What to save: from Train, a New node or Load Mend Weights."),
                 io.String.Input(
                     "filename_prefix", default="restoration", tooltip="Start of the file's name; may name folders, as in faces/old."
                 ),

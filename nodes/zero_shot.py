@@ -108,7 +108,7 @@ class QualityPrior(io.ComfyNode):
             inputs=[
                 io.Float.Input(
                     "exposure", default=0.001, min=0, max=10, step=0.001, round=False,
-                    tooltip="Weight of good exposure. Above 0, dark pictures are brightened towards the target.",
+                    tooltip="Weight of good exposure. Above 0, pictures are brought towards the target.",
                 ),
                 io.Float.Input(
                     "exposure_target", default=0.45, min=0.05, max=0.95, step=0.01, tooltip="Brightness that counts as well exposed."
@@ -155,7 +155,7 @@ class FirstGuess(io.ComfyNode):
             node_id="MendFirstGuess",
             display_name="First Guess",
             category="restoration/zero-shot",
-            description="Undo brightness and haze, as the quality prior asks, without any model; grain is smoothed so that it is not "
+            description="Correct brightness and undo haze, as the quality prior asks, without any model; grain is smoothed so that it is not "
             "brightened too. Encode the result for sampling to start from; lost detail is left to the model.",
             search_aliases=["auto levels", "brighten", "dehaze", "tone", "exposure fix", "ld-rps"],
             inputs=[
@@ -193,7 +193,9 @@ class ApplyPosteriorGuidance(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to sample with."),
                 io.Vae.Input("vae", tooltip="The VAE of that model; its decoder compares predictions with your picture."),
                 io.Image.Input(
-                    "degraded", tooltip="The damaged picture: one for all latents, or one each. The same picture you encoded."
+                    "degraded",
+                    tooltip="The damaged picture itself, not the first guess, of the same size as the picture you encoded: one for all latents, "
+                    "or one each.",
                 ),
                 AlignmentSocket.Input("alignment", tooltip="From F-PAM Alignment."),
                 QualitySocket.Input(
@@ -221,7 +223,7 @@ class ApplyPosteriorGuidance(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "noise", default=0.0, min=0.0, max=1.0, step=0.001, round=False, advanced=True,
-                    tooltip="Grain in the damaged picture (deviation of values 0..1; 50 of 255 is 0.196). 0 measures it.",
+                    tooltip="Grain in the damaged picture: standard deviation, with pixel values from 0 to 1 (50 of 255 is 0.196). 0 measures it.",
                 ),
                 io.Boolean.Input(
                     "companion", default=False, advanced=True,

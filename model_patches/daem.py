@@ -25,8 +25,6 @@ from .vae_sites import VaeSite
 from .window_grid import Windows
 
 HEADS, RANK = 4, 8
-# Optimisers move every number alike; the one that opens the module has a long way to go.
-OUTER_GAIN = 10.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class DAEM(nn.Module):
         y = self._detailed(h, s, routed, windows)
         y = y + self.cross(normalised(y), normalised(s), windows)
         y = y + self.ffn(normalised(y))
-        return x + self.leave(y) * (strength * OUTER_GAIN * cast_like(self.outer, x)), routed
+        return x + self.leave(y) * (strength * cast_like(self.outer, x)), routed
 
     def _detailed(self, h: Tensor, s: Tensor, routed: Routed, windows: Windows) -> Tensor:
         y, weights = h, windows.spread(routed.weights)

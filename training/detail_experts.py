@@ -1,7 +1,8 @@
 """Training of detail experts, UniLDiff's second stage (arXiv 2507.23685): decoding latents as restorers leave them.
 
 L = L1 + 0.2 (1 - SSIM) + perceptual + 0.01 balance; the VAE stays as it is. The paper takes latents that its first stage has sampled; here
-experts must serve any restorer, so the latents stand between those of the clean and of the degraded picture.
+experts must serve any restorer, so the latents are those of the clean picture with some of the damage left in its fine structure. Light and
+colour are the restorer's: with latents anywhere between clean and degraded, experts learn to brighten and clear whatever they are given.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from .trainee import NODE, Batch, Models
 SSIM_WEIGHT, BALANCE_WEIGHT, SSIM_WINDOW = 0.2, 0.01, 11
 # Latents are never quite clean: a restorer's differ by noise of up to this part of their deviation.
 LATENT_NOISE = 0.1
+# What a mix leaves in at most, and the cells about each that its fine structure is told apart from.
+MOST_LEFT, AROUND = 0.5, 5
 DEFAULTS = {"size": "full", "window": 128, "seed": 0, "latents": "mix", "perceptual": 0.5}
 
 
@@ -103,14 +106,15 @@ class DetailExpertsTrainee:
         return self.restored(self.latents(batch, generators), batch.degraded).cpu()
 
     def latents(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return what is decoded, (B, C, h, w): clean latents with a little noise; in a mix half of them moved towards the degraded."""
+        """Return what is decoded, (B, C, h, w): clean latents with a little noise; in a mix half of them with fine damage left in."""
         clean, degraded = self.encode(batch.clean), self.encode(batch.degraded)
         kind, rows = self.config.get("latents", "mix"), []
         for near, far, generator in zip(clean, degraded, generators):
             moved, part, noise = torch.rand(3, generator=generator).tolist()
-            share = {"clean": 0.0, "degraded": 1.0, "mix": part if moved < 0.5 else 0.0}[kind]
+            left = {"clean": 0.0, "degraded": 1.0, "mix": MOST_LEFT * part if moved < 0.5 else 0.0}[kind]
+            damage = far - near if kind == "degraded" else _fine(far - near)
             grain = torch.randn(near.shape, generator=generator).to(near)
-            rows.append(torch.lerp(near, far, share) + grain * (noise * LATENT_NOISE * near.std()))
+            rows.append(near + left * damage + grain * (noise * LATENT_NOISE * near.std()))
         return torch.stack(rows)
 
     def encode(self, pictures: Tensor) -> Tensor:
@@ -154,6 +158,11 @@ class DetailExpertsTrainee:
 
     def _pixels(self, pictures: Tensor) -> Tensor:
         return pictures[..., :3].movedim(-1, 1).to(self.device, torch.float32)
+
+
+def _fine(x: Tensor) -> Tensor:
+    """What each cell of (C, h, w) differs from those about it by."""
+    return x - F.avg_pool2d(x, AROUND, 1, AROUND // 2, count_include_pad=False)
 
 
 class _Encoder:

@@ -47,7 +47,7 @@ from .nafnet import NAFNetTrainee  # noqa: E402
 from .scenes import SCENES  # noqa: E402
 from .zero_shot import Prior, restore  # noqa: E402
 
-SIZE, WINDOW, CROP, BATCH, RATE, STEPS = "full", 64, 96, 4, 2e-3, 1500
+SIZE, WINDOW, CROP, BATCH, RATE, STEPS = "full", 64, 96, 4, 1e-3, 1500
 TRAINED = report.PACK / "lab" / "trained"
 FILE = TRAINED / "detail_experts.safetensors"
 EXPERTS, WITHOUT_LATENT, NAFNET = "DAEM", "DAEM, latent zeroed", "NAFNet on LQ alone"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d
 
 from mend.model_patches.detail_decoder import decode_with_experts
 from mend.model_patches.detail_experts import SIGNATURE
@@ -104,7 +105,7 @@ def test_a_fresh_one_starts_at_its_last_number(monkeypatch):
 def test_steps_lower_the_loss_and_leave_the_vae():
     models = given()
     before = state(models)
-    _, losses, _ = stepped(models, fresh(models, perceptual=0.0), steps=12)
+    _, losses, _ = stepped(models, fresh(models, perceptual=0.0), steps=12, rate=1e-2)
     assert losses[-1] < 0.95 * losses[0]
     assert same(state(models), before)
 
@@ -148,7 +149,7 @@ def test_the_node_decodes_what_was_trained():
 
 
 @pytest.mark.parametrize("latents", ["mix", "clean", "degraded"])
-def test_latents_lie_between_the_pictures(latents):
+def test_latents_are_what_restorers_leave(latents):
     models = given()
     trainee = trainee_of(fresh(models, latents=latents, perceptual=0.0), models)
     count, one = 24, batch(1)
@@ -156,14 +157,29 @@ def test_latents_lie_between_the_pictures(latents):
     with trainee.attach(models):
         near, far = (trainee.encode(pictures)[:1] for pictures in (one.clean, one.degraded))
         drawn = trainee.latents(many, generators(count))
-    # The place on the line from clean to degraded that each one is nearest to; the noise on it is at most 0.1 of the deviation.
-    line = (far - near).flatten()
+    damage = far - near
+    if latents == "mix":
+        damage = damage - avg_pool2d(damage, 5, 1, 2, count_include_pad=False)
+    # How much of the damage is in each; the noise on it is at most 0.1 of the deviation.
+    line = damage.flatten()
     places = ((drawn - near).flatten(1) @ line) / line.square().sum()
     spread = 3 * 0.1 * float(near.std()) / float(line.norm())
-    wanted = {"clean": (0, 0), "degraded": (1, 1), "mix": (0, 1)}[latents]
+    wanted = {"clean": (0, 0), "degraded": (1, 1), "mix": (0, 0.5)}[latents]
     assert places.min() > wanted[0] - spread and places.max() < wanted[1] + spread
     if latents == "mix":
-        assert 0.3 <= float((places.abs() < spread).float().mean()) <= 0.85 and places.max() > 0.4
+        assert 0.3 <= float((places.abs() < spread).float().mean()) <= 0.85 and places.max() > 0.2
+
+
+def test_a_mix_leaves_light_alone(monkeypatch):
+    models = given()
+    trainee = trainee_of(fresh(models, perceptual=0.0), models)
+    with trainee.attach(models):
+        # Latents that differ in light only, as those of an encoder that looks at each cell alone would.
+        monkeypatch.setattr(trainee, "encode", lambda shown: shown[:, ::8, ::8].movedim(-1, 1))
+        one = pictures(8, 64, 64)
+        near = trainee.encode(one)
+        moved = trainee.latents(Batch(one, one - 0.5, ("",) * 8, ("",) * 8), generators(8)) - near
+    assert moved.flatten(1).mean(1).abs().max() < 0.05 and moved.std() < 0.11 * near.std()
 
 
 def test_what_is_refused():

@@ -78,15 +78,19 @@ class Adapter(nn.Module):
 
     def forward(self, feature: Tensor, x_t: Tensor, emb: Tensor, detail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (what is added to X_t, the LQ feature for the next adapter), both shaped like X_t; `detail` is what `fine` takes."""
-        h = self.lq(self.aligned(feature, x_t)) + self.shaped(self.time(F.silu(emb)), x_t) + x_t
+        h = self.fitted(self.lq(self.aligned(feature, x_t)), x_t) + self.shaped(self.time(F.silu(emb)), x_t) + x_t
         if self.fine is not None:
-            h = h + self.fine(detail)
+            h = h + self.fitted(self.fine(detail), x_t)
         h = h + self.block1(h)
         h = h + self.block2(h)
         return self.zero(h), h
 
     def aligned(self, feature: Tensor, x_t: Tensor) -> Tensor:
         """Bring the LQ feature to the resolution that `lq` takes."""
+        return feature
+
+    def fitted(self, feature: Tensor, x_t: Tensor) -> Tensor:
+        """Bring what is to be added to X_t to its size."""
         return feature
 
     def shaped(self, time: Tensor, x_t: Tensor) -> Tensor:
@@ -112,6 +116,10 @@ class UNetAdapter(Adapter):
         if self.stride > 1 or feature.shape[-2:] == x_t.shape[-2:]:
             return feature
         return F.interpolate(feature, x_t.shape[-2:], mode="nearest")
+
+    def fitted(self, feature: Tensor, x_t: Tensor) -> Tensor:
+        """Other patches, such as the host's PatchModelAddDownscale, make X_t smaller for a while."""
+        return feature if feature.shape[-2:] == x_t.shape[-2:] else F.interpolate(feature, x_t.shape[-2:], mode="nearest")
 
     def shaped(self, time: Tensor, x_t: Tensor) -> Tensor:
         """(B, C) -> (B, C, 1, 1)."""

@@ -9,6 +9,7 @@ import comfy.controlnet
 import comfy.model_management
 import comfy.ops
 from comfy.nested_tensor import NestedTensor
+from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from mend.model_patches.host import evaluate, model_conds
 from mend.model_patches.lq_condition import LatentCondition
 from mend.tests.model_patches.adapters import NODE, applied, base, fresh, lq, noise_of, placed, sampled, spy_on_visits, trained
@@ -51,6 +52,19 @@ def test_odd_sizes(family, sides):
     result = run(family, lq(family, **size), **size)
     assert result.shape == latent_shape(family, **size) and result.isfinite().all()
     assert not torch.equal(result, sampled(base(family), family, **size))
+
+
+@pytest.mark.parametrize("adapter_first", [True, False])
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_beside_a_patch_that_shrinks_features(block, adapter_first):
+    def shrunk(model):
+        return PatchModelAddDownscale.execute(model, block, 2.0, 0.0, 1.0, True, "bilinear", "bilinear")[0]
+
+    size, weights = dict(height=16, width=16), trained("sd15")
+    c_lq = lq("sd15", **size)
+    both = shrunk(applied(base("sd15"), weights, c_lq)) if adapter_first else applied(shrunk(base("sd15")), weights, c_lq)
+    result = sampled(both, "sd15", **size)
+    assert result.isfinite().all() and not torch.equal(result, sampled(shrunk(base("sd15")), "sd15", **size))
 
 
 @every_family

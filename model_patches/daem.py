@@ -150,5 +150,8 @@ class DetailExperts(nn.Module):
 
 
 def initialise(network: DetailExperts, generator: torch.Generator) -> None:
-    """Fill the weights, which the host's layers leave empty: as torch would, but zero where a branch opens or ends."""
-    fill(network, generator, zero=("skip", "zero", "zero2", "outer"), one=("temperature",))
+    """Fill the weights, which the host's layers leave empty: as torch would, but zero where a branch opens or ends.
+
+    Routers too start without a preference: what features have in common is larger than what they differ in, and would choose one expert for all.
+    """
+    fill(network, generator, zero=("skip", "zero", "zero2", "outer", "content", "frequency"), one=("temperature",))

@@ -150,6 +150,8 @@ def main_rows(bench: Bench, degradation: str) -> list[dict]:
     best = max(tries, key=lambda row: row["psnr"])
     rows.append({**best, "method": f"best img2img (denoise {best['method'].split()[-1]})"})
     rows.append(bench.restored("ours", degradation, recipe))
+    with contextlib.suppress(NotMeasured):
+        rows.append(bench.restored("ours, with Return Detail", degradation, replace(recipe, detail=True)))
     return rows
 
 
@@ -272,7 +274,7 @@ def verdict(rows: list[dict]) -> str:
         ours = next((row for row in rows if row["method"] == "ours" and row["prior"] == kind), None)
         if ours is None:
             continue
-        others = [row for row in rows if row["method"] not in ("ours", CEILING) and row["prior"] in ("none", kind)]
+        others = [row for row in rows if not row["method"].startswith("ours") and row["method"] != CEILING and row["prior"] in ("none", kind)]
         gains = "; ".join(f"{ours['psnr'] - row['psnr']:+.2f} dB against {row['method']}" for row in others)
         better = [row["method"] for row in others if row["psnr"] > ours["psnr"]]
         remarks = [BELOW.format(names=", ".join(better), ceiling=ceiling)] * bool(better) + [LOSS] * (START in better)

@@ -10,7 +10,7 @@ SiLU and a convolution for UNets, LayerNorm, a linear layer and GELU for transfo
 186 M parameters on SDXL (it reports 157 M), three quarters of them in the up blocks, so the fine up blocks make do with 1x1 (see KERNELS).
 
 Nor does it say how the LQ feature finds its detail again after a UNet's coarse middle. Here an adapter going up adds fine(feature of the same
-resolution on the way down, or the stem's); without it adapters of a UNet hardly learn to restore from pure noise.
+resolution on the way down, or the stem's); without it adapters of the lab's UNet hardly learn to restore from pure noise.
 """
 
 from typing import Any
@@ -154,8 +154,8 @@ class RestorationAdapter(nn.Module):
         sites = adapter_sites(anatomy)
         first = sites[0]
         self.tokens = anatomy.kind != "unet"
-        # What each adapter is given, by the name of what made it: the LQ feature, and the detail on the way up.
-        self.given = {site.name: (name, None) for name, site in zip(["stem", *(site.name for site in sites)], sites)}
+        # Where adapters on the way up have their detail from.
+        self.details: dict[str, str] = {}
         if self.tokens:
             self.stem = operations.Conv2d(anatomy.latent_channels, first.channels, first.scale, stride=first.scale, **factory)
             adapters = [TransformerAdapter(site.channels, anatomy.emb, operations, **factory) for site in sites]
@@ -163,14 +163,17 @@ class RestorationAdapter(nn.Module):
             self.stem = operations.Conv2d(anatomy.latent_channels, first.channels, 3, padding=1, **factory)
             before = [Site("stem", "input", -1, first.channels, 1), *sites[:-1]]
             levels = [_level(site, before[:index + 1]) for index, site in enumerate(sites)]
-            self.given = {site.name: (b.name, level and level.name) for b, site, level in zip(before, sites, levels)}
+            self.details = {site.name: level.name for site, level in zip(sites, levels) if level is not None}
             adapters = [UNetAdapter(b, site, level, anatomy.emb, _kernels(site, size), operations, **factory) for b, site, level in zip(before, sites, levels)]
-        self.adapters = nn.ModuleDict(dict(zip(self.given, adapters)))
+        self.adapters = nn.ModuleDict({site.name: adapter for site, adapter in zip(sites, adapters)})
 
     def change(self, name: str, features: dict[str, Tensor], x_t: Tensor, emb: Tensor) -> Tensor:
-        """Return what one adapter adds to X_t, and put its LQ feature among `features`, which begin with {"stem": embed(c_lq)}."""
-        feature, detail = self.given[name]
-        change, features[name] = self.adapters[name](features[feature], x_t, emb, features.get(detail))
+        """Return what one adapter adds to X_t, and put its LQ feature behind those in `features`, which begin with {"stem": embed(c_lq)}.
+
+        The feature it is given is the last one made: a block that guidance skips makes none.
+        """
+        last, detail = next(reversed(features.values())), features.get(self.details.get(name, ""))
+        change, features[name] = self.adapters[name](last, x_t, emb, detail)
         return change
 
     def embed(self, c_lq: Tensor) -> Tensor:

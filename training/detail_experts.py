@@ -87,7 +87,7 @@ class DetailExpertsTrainee:
             del self.module, self.perceptual
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, float]]:
-        """Decode latents between the clean and the degraded picture's and compare with the clean one.
+        """Decode latents as restorers leave them, and compare with the clean picture.
 
         The balance of experts is that of the whole batch, so how samples are spread over batches counts a little.
         """

@@ -49,10 +49,6 @@ class KeptRun:
         for row, state in zip(run.rows, self.saved["rows"], strict=True):
             _set_row(row, state)
 
-    def finished(self) -> None:
-        """The run's result has been recorded: forget the file."""
-        self.file.unlink(missing_ok=True)
-
     def _sample(self, model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback: Any = None, disable: bool | None = None) -> Tensor:
         index, first = self.passes, 0
         self.passes += 1
@@ -65,7 +61,8 @@ class KeptRun:
             x = x + (x - x0) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
-            if (i + 1) % self.every == 0:
+            # After the last step of a pass there is nothing left of it to save.
+            if (i + 1) % self.every == 0 and i + 2 < len(sigmas):
                 self._keep(index, i + 1, x)
         return x
 

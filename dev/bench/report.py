@@ -13,7 +13,7 @@ PACK = Path(__file__).parents[2]
 EVIDENCE = PACK / "docs" / "evidence.md"
 TITLE = "# Evidence\n\nEach section is written by the command that it names; do not edit.\n"
 ROOMS = ("samplers", "model_patches", "degradations", "training", "lab")
-BENCH_FILES = ("scenes.py", "classical.py", "zero_shot.py")
+BENCH_FILES = ("scenes.py", "classical.py", "zero_shot.py", "kept_run.py")
 DIGITS = {"rate": 4, "psnr": 2, "psnr_std": 2, "ssim": 3, "haarpsi": 3, "gain": 2, "gmsd": 3}
 
 

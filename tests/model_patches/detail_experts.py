@@ -26,7 +26,7 @@ def made(kind):
         return VAES[kind]()
 
 
-def trained(to, size="full", window=WINDOW, outer=0.03, seed=5, **settings):
+def trained(to, size="full", window=WINDOW, outer=0.3, seed=5, **settings):
     """Experts whose branches are all open."""
     weights, generator = new_weights(to, size, window, **settings), torch.Generator().manual_seed(seed)
     tensors = dict(weights.tensors)
@@ -35,6 +35,8 @@ def trained(to, size="full", window=WINDOW, outer=0.03, seed=5, **settings):
             tensors[name] = torch.full_like(tensor, outer)
         elif any(f".{layer}." in name for layer in ("skip", "zero", "zero2")):
             tensors[name] = torch.randn(tensor.shape, generator=generator) * 0.2
+        elif name.endswith(("router.content.weight", "router.frequency.weight")):
+            tensors[name] = torch.randn(tensor.shape, generator=generator) * tensor[0].numel() ** -0.5
     return Weights(weights.kind, weights.family, weights.config, tensors, weights.name)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import comfy.samplers
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from mend.model_patches.anatomy import anatomy_of
 from mend.model_patches.restoration_adapter import adapter_sites
 from mend.samplers.recurrence import RecurrentSampler
@@ -45,6 +46,17 @@ def test_every_round_is_adapted(visits, kind):
     assert len(evaluations(visits, kind)) == len(steps) > 3
     for visit in evaluations(visits, kind):
         assert torch.equal(visit.c_lq[:1].cpu(), lq(kind, **SIZE))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
+@pytest.mark.parametrize("adapter_first", [True, False])
+def test_guidance_that_skips_blocks(kind, adapter_first):
+    def skipping(patcher):
+        return SkipLayerGuidanceDiT.execute(patcher, 3.0, 0.0, 1.0, double_layers="0", single_layers="0")[0]
+
+    both = skipping(adapted(kind)) if adapter_first else adapted(kind, skipping(model(kind)))
+    result = sample(both, kind)
+    assert result.isfinite().all() and not torch.equal(result, sample(skipping(model(kind)), kind))
 
 
 @every_kind

@@ -15,7 +15,7 @@ from mend.dev.bench.full_size import FULL_SIZE, META, SD15_UNET, Model
 from mend.lab.denoisers import DIT, UNET
 from mend.model_patches.adapter_patch import check_fit, new_weights
 from mend.model_patches.anatomy import anatomy_of, self_attention
-from mend.model_patches.restoration_adapter import adapter_sites
+from mend.model_patches.restoration_adapter import RestorationAdapter, adapter_sites
 from mend.model_patches.weights_file import Weights
 from mend.tests import tiny_models
 from mend.tests.model_patches.adapters import base, trained
@@ -44,6 +44,16 @@ def test_full_size_models(name, expected):
     model = FULL_SIZE[name].build()
     assert anatomy_of(model).family == name
     assert places(model) == expected
+
+
+@pytest.mark.parametrize(("name", "details"), [
+    ("SDXL", {"up0": "down0", "up1": "stem"}), ("SD1.5", {"up0": "down1", "up1": "down0", "up2": "stem"}), ("SD3 medium", {}),
+])  # fmt: skip
+def test_detail_comes_from_the_same_resolution(name, details):
+    network = RestorationAdapter(anatomy_of(FULL_SIZE[name].build()), "full", **META)
+    assert network.details == details
+    if details:
+        assert {up for up, adapter in network.adapters.items() if adapter.fine is not None} == details.keys()
 
 
 def sd2():

@@ -66,7 +66,7 @@ METHODS = {"adapter + LoRA": ("small", RANK), "adapter": ("small", 0), "LoRA": (
 CONTROLNET = "ControlNet"
 BEST = "adapter + LoRA"
 UNTRAINED = "no adapter, noise-matched start"
-PUBLISHED = (("dit", NOISE),)
+PUBLISHED = (("dit", NOISE), ("unet", NOISE))
 
 
 @dataclass(frozen=True)
@@ -370,8 +370,9 @@ def main() -> None:
         for prior in options.prior:
             lab = Lab(prior, options.steps)
             for degradation in options.degradation:
-                rows += table_of(lab, degradation, options, results)
-                tables.append(report.markdown([row for row in rows if (row["degradation"], row["prior"]) in ((degradation, prior), (degradation, "none"))], COLUMNS))
+                found = table_of(lab, degradation, options, results)
+                rows += found
+                tables.append(report.markdown(found, COLUMNS))
                 report.say(tables[-1])
         write_evidence(tables, options)
     if options.json:

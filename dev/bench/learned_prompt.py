@@ -256,15 +256,15 @@ def quick_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 COLUMNS = ("method", "degradation", "prior", "n", "seeds", "psnr", "psnr_std", "ssim", "haarpsi", "seconds", "model_calls")
 VIDEO_COLUMNS = ("way", "frames", "psnr", "jump_at_joins", "jump_elsewhere", "model_calls", "seconds")
-INTRODUCTION = """## Learned prompts: `python dev bench learned_prompt`
+INTRODUCTION = """## Learned prompts on the lab's {prior}: `python dev bench learned_prompt --prior {prior}`
 
-A small-scale reproduction on the lab prior (lab/README.md), here its {priors}. Prompts of 16 tokens with one alpha per attention module were trained on {pictures} pairs (the
+A small-scale reproduction on the lab prior (lab/README.md). Prompts of 16 tokens with one alpha per attention module were trained on {pictures} pairs (the
 lab's own pictures, crops of {crop} px, each degraded in one way), {steps} steps of {batch}, learning rate {rate:g}, ten times that for the alphas. Restored
 with {sampling} steps from T0 0.4, cfg 1. The degradations are those of the zero-shot evaluation (noise 50, low light, haze), and a Gaussian blur of sigma 2
 with noise of 2/255. "words": a text that says how the restored picture looks, in words the lab knows. "trained naively": on degraded latents under noise
 (weighted as at T0), sampled with Euler steps over the same sigmas, and on the bridge. Four scenes, {seeds} seed(s); PSNR in dB; seconds a picture. Full-size models were checked for shapes only.
 """
-VIDEO = """### Video
+VIDEO = """## Learned prompts, video: `python dev bench learned_prompt`
 
 A photograph under a panning camera, 33 frames of 64 px, encoded frame by frame by the lab's VAE, through a tiny WAN of random weights: it shows what windows
 do, not restoration. psnr: of each frame with the one before it after undoing the pan. jump: how much the difference from the clip sampled as a whole changes
@@ -297,28 +297,29 @@ def main() -> None:
 
 
 def full(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All tables."""
-    rows, tables, results = [], [], report.Results(report.results_file("learned_prompt"))
-
-    def table(found: list[dict[str, Any]], columns: tuple[str, ...] = COLUMNS) -> None:
-        rows.extend(found)
-        tables.append(report.markdown(found, columns))
-        report.say(tables[-1])
-
+    """All tables; a prior's section of the evidence is written when all of its degradations, scenes and seeds were asked for."""
+    rows, results = [], report.Results(report.results_file("learned_prompt"))
+    complete = (tuple(options.degradation), options.scenes, options.seeds) == (DEGRADATIONS, tuple(SCENES), SEEDS)
     for prior in options.prior:
         lab = Lab(prior, options.steps)
-        for degradation in options.degradation:
-            table(table_of(lab, degradation, options, results))
+        found = [table_of(lab, degradation, options, results) for degradation in options.degradation]
         if set(PARTS) <= set(options.degradation):
             named = f"{options.steps} {options.rate:g}"
-            table(mixed_table(lab, options, results, lambda part, lab=lab: lab.trained(Run(lab.kind, part, "bridge", options.rate)), named))
-    tables.append(VIDEO)
-    table(video_rows(), VIDEO_COLUMNS)
-    if (tuple(options.degradation), options.scenes, options.seeds) == (DEGRADATIONS, tuple(SCENES), SEEDS):
-        introduction = INTRODUCTION.format(priors=" and its ".join(options.prior), pictures=PICTURES, crop=CROP, steps=options.steps, batch=BATCH,
-                                           rate=options.rate, sampling=SAMPLING_STEPS, seeds=len(options.seeds))
-        report.write_section("learned_prompt", "\n".join([introduction, *tables]))
-    return rows
+            found.append(mixed_table(lab, options, results, lambda part, lab=lab: lab.trained(Run(lab.kind, part, "bridge", options.rate)), named))
+        introduction = INTRODUCTION.format(prior=prior, pictures=PICTURES, crop=CROP, steps=options.steps, batch=BATCH, rate=options.rate,
+                                           sampling=SAMPLING_STEPS, seeds=len(options.seeds))
+        shown(f"learned_prompt {prior}", introduction, [report.markdown(part, COLUMNS) for part in found], complete)
+        rows += sum(found, [])
+    video = video_rows()
+    shown("learned_prompt video", VIDEO, [report.markdown(video, VIDEO_COLUMNS)], complete)
+    return rows + video
+
+
+def shown(section: str, introduction: str, tables: list[str], write: bool) -> None:
+    """Print tables, and write them into the evidence."""
+    report.say("\n".join(tables))
+    if write:
+        report.write_section(section, "\n".join([introduction, *tables]))
 
 
 if __name__ == "__main__":

@@ -116,6 +116,13 @@ def test_experts_act_on_what_they_see(kind):
     assert torch.equal(picture, again[0]) and torch.equal(experts, again[1])
 
 
+def test_experts_take_turns():
+    vae, seen = made("taesd"), pictures(1, 64, 320)
+    experts = decoded(vae, trained(vae), encoded(vae, seen), seen)[1]
+    # One expert everywhere would have one colour.
+    assert experts.flatten(0, 2).std(0).max() > 0.01
+
+
 def test_the_map_has_a_colour_for_each_expert():
     vae, seen = made("kl"), pictures(1, 64, 96)
     weights = trained(vae)

@@ -104,7 +104,8 @@ class AdapterPatch(ConditionedPatch):
             change = self.network.change(site.name, evaluation.features, picture, emb.to(picture))
             return picture + self.strength * self.network.weigh(evaluation.mask.to(picture), picture) * change
 
-        return changed_picture(x_t, evaluation.features["stem"].shape[1], adapted) if self.network.tokens else adapted(x_t)
+        tokens = next(reversed(evaluation.features.values())).shape[1]
+        return changed_picture(x_t, tokens, adapted) if self.network.tokens else adapted(x_t)
 
 
 class _Evaluation:

@@ -10,7 +10,7 @@ SiLU and a convolution for UNets, LayerNorm, a linear layer and GELU for transfo
 186 M parameters on SDXL (it reports 157 M), three quarters of them in the up blocks, so the fine up blocks make do with 1x1 (see KERNELS).
 
 Nor does it say how the LQ feature finds its detail again after a UNet's coarse middle. Here an adapter going up adds fine(feature of the same
-resolution on the way down, or the stem's); without it adapters of the lab's UNet hardly learn to restore from pure noise.
+resolution on the way down, or the stem's), which on the lab's UNet is worth 2.7 dB after 400 steps (web/docs/MendApplyRestorationAdapter.md).
 """
 
 from typing import Any
@@ -170,10 +170,11 @@ class RestorationAdapter(nn.Module):
     def change(self, name: str, features: dict[str, Tensor], x_t: Tensor, emb: Tensor) -> Tensor:
         """Return what one adapter adds to X_t, and put its LQ feature behind those in `features`, which begin with {"stem": embed(c_lq)}.
 
-        The feature it is given is the last one made: a block that guidance skips makes none.
+        The feature it is given is the last one made: a block that guidance skips makes none. It stays only if it is somebody's detail.
         """
-        last, detail = next(reversed(features.values())), features.get(self.details.get(name, ""))
-        change, features[name] = self.adapters[name](last, x_t, emb, detail)
+        last, detail = next(reversed(features)), features.get(self.details.get(name))
+        feature = features[last] if last in self.details.values() else features.pop(last)
+        change, features[name] = self.adapters[name](feature, x_t, emb, detail)
         return change
 
     def embed(self, c_lq: Tensor) -> Tensor:

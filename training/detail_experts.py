@@ -2,7 +2,7 @@
 
 L = L1 + 0.2 (1 - SSIM) + perceptual + 0.01 balance; the VAE stays as it is. The paper takes latents that its first stage has sampled; here
 experts must serve any restorer, so the latents are those of the clean picture with some of the damage left in its fine structure. Light and
-colour are the restorer's: with latents anywhere between clean and degraded, experts learn to brighten and clear whatever they are given.
+colour are the restorer's: with latents anywhere between clean and degraded, nothing tells a dark picture from a latent that is still dark.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

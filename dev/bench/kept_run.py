@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import comfy.samplers
+from comfy.k_diffusion.sampling import sample_euler
 
 from ...samplers.guided_model import GuidedModel
 from ...samplers.posterior_guidance import Counters, PosteriorRun, Row
@@ -17,7 +18,7 @@ LEARNERS = ("psi", "d1", "d2", "psi_optimizer", "d1_optimizer", "d2_optimizer")
 
 
 class KeptRun:
-    """Euler's steps (DDIM's, without noise), with all that a run has learned written to a file every few of them.
+    """The host's Euler sampler (DDIM, without noise), with all that a run has learned written to a file every few steps.
 
     Args:
         file: of the unfinished run; one that is there is gone on with.
@@ -49,21 +50,19 @@ class KeptRun:
         for row, state in zip(run.rows, self.saved["rows"], strict=True):
             _set_row(row, state)
 
-    def _sample(self, model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback: Any = None, disable: bool | None = None) -> Tensor:
-        index, first = self.passes, 0
+    def _sample(self, model: Any, x: Tensor, sigmas: Tensor, **settings: Any) -> Tensor:
+        index, first, last = self.passes, 0, len(sigmas) - 1
         self.passes += 1
         if self.saved is not None and index < self.saved["pass"]:
             return x
         if self.saved is not None and index == self.saved["pass"]:
             x, first = self.saved["x"].to(x), self.saved["step"]
-        for i in range(first, len(sigmas) - 1):
-            x0 = model(x, sigmas[i] * x.new_ones(len(x)), **(extra_args or {}))
-            x = x + (x - x0) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
-            if callback is not None:
-                callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
+        for step in range(first, last, self.every):
+            following = step + self.every
+            x = sample_euler(model, x, sigmas[step:following + 1], **settings)
             # After the last step of a pass there is nothing left of it to save.
-            if (i + 1) % self.every == 0 and i + 2 < len(sigmas):
-                self._keep(index, i + 1, x)
+            if following < last:
+                self._keep(index, following, x)
         return x
 
     def _keep(self, index: int, step: int, x: Tensor) -> None:

@@ -4,11 +4,14 @@ Latents drop fine detail. The decoder is therefore shown features that the VAE's
 decide what of them to take:
 
     h = enter(x) + skip(e);   s = h + attention(h)
-    y = h + E_i(h) S(s);   y = y + cross-attention(y, s);   y = y + FFN(y);   x' = x + outer leave(y)
+    y = h + E_i(h) S(s);   y = y + cross-attention(y, s);   y = y + FFN(y);   x' = x + outer |x| leave(y)
 
-`skip` and the number `outer` start at zero, so a fresh module leaves the decoder as it is. What the paper leaves open follows the layers
-that are known of its relatives: rank dim / 8, transposed attention of four heads, a gated FFN. Where it sits was chosen here: after the
-last block of the decoder at a quarter, a half and all of the picture's resolution.
+`leave` starts at zero, so a fresh module leaves the decoder as it is. In the paper that zero is in the number `outer`; but behind a zero of
+one number alone nothing else has a gradient, and what it is drawn by is the chance likeness of random features to the error, so that it
+wavers about zero. |x|, the size of x at each place, gives back what normalising took: detail is in proportion to what it lies on, whatever
+numbers a decoder uses. What the paper leaves open follows the layers that are known of its relatives: rank dim / 8, transposed attention of
+four heads, a gated FFN. Where it sits was chosen here: after the last block of the decoder at a quarter, a half and all of the picture's
+resolution.
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .experts import KERNELS, Expert, Routed, Router, normalised
+from .experts import DEVIATION, KERNELS, Expert, Routed, Router, normalised, size_of
 from .first_weights import fill
 from .host import cast_like
 from .vae_sites import VaeSite
@@ -106,7 +109,8 @@ class DAEM(nn.Module):
         self.leave = operations.Conv2d(width, site.channels, 1, **factory)
         self.outer = nn.Parameter(torch.empty((), **factory))
 
-    def forward(self, x: Tensor, skip: Tensor, strength: float = 1.0, noise: Tensor | None = None) -> tuple[Tensor, Routed]:
+    def forward(self, x: Tensor, skip: Tensor, strength: float = 1.0, noise: Tensor | None = None,
+                deviation: float = DEVIATION) -> tuple[Tensor, Routed]:
         """Return x with detail added, and who did it.
 
         Args:
@@ -114,16 +118,17 @@ class DAEM(nn.Module):
             skip: (B, skip channels, h, w) of the encoder, of the degraded picture.
             strength: of what is added.
             noise: for the router, in training.
+            deviation: of that noise.
         """
         windows = Windows(self.window, (x.shape[2], x.shape[3]))
         h = self.enter(normalised(x)) + self.skip(normalised(skip))
         own = normalised(h)
         s = h + self.shared(own, own, windows)
-        routed = self.router(own, windows, noise)
+        routed = self.router(own, windows, noise, deviation)
         y = self._detailed(h, s, routed, windows)
         y = y + self.cross(normalised(y), normalised(s), windows)
         y = y + self.ffn(normalised(y))
-        return x + self.leave(y) * (strength * cast_like(self.outer, x)), routed
+        return x + self.leave(y) * size_of(x) * (strength * cast_like(self.outer, x)), routed
 
     def _detailed(self, h: Tensor, s: Tensor, routed: Routed, windows: Windows) -> Tensor:
         y, weights = h, windows.spread(routed.weights)
@@ -150,8 +155,8 @@ class DetailExperts(nn.Module):
 
 
 def initialise(network: DetailExperts, generator: torch.Generator) -> None:
-    """Fill the weights, which the host's layers leave empty: as torch would, but zero where a branch opens or ends.
+    """Fill the weights, which the host's layers leave empty: as torch would, but zero where a branch ends.
 
     Routers too start without a preference: what features have in common is larger than what they differ in, and would choose one expert for all.
     """
-    fill(network, generator, zero=("skip", "zero", "zero2", "outer", "content", "frequency"), one=("temperature",))
+    fill(network, generator, zero=("leave", "zero", "zero2", "content", "frequency"), one=("outer", "temperature"))

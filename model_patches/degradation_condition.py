@@ -1,6 +1,7 @@
 """The degraded picture and the visual instruction as part of the host's conditioning, and guidance by what the instruction adds."""
 
 from typing import TYPE_CHECKING, Any
+from uuid import uuid5
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,11 @@ class DegradationCondition(LatentCondition):
         """Name of the instruction among the conds."""
         return f"{self.key}_tokens"
 
+    @property
+    def whole_key(self) -> str:
+        """Name among the conds of whether all of them see the whole picture, so that one look at it serves all."""
+        return f"{self.key}_whole"
+
     def listen(self, patcher: "ModelPatcher") -> None:
         """Encode the picture while the model is not yet loaded, and guide where that is asked for."""
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, self.key, self._outer_sample)
@@ -50,8 +56,10 @@ class DegradationCondition(LatentCondition):
     def sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any,
                        **kwargs: Any) -> Tensor:
         """SAMPLER_SAMPLE wrapper: every cond of this run carries picture and instruction."""
+        areas = any("area" in entry for entries in guider.conds.values() for entry in entries or ())
         conds = {self.key: comfy.conds.CONDNoiseShape(self.shown_to(guider.inner_model, noise)),
-                 self.tokens_key: comfy.conds.CONDRegular(self._instruction(noise))}
+                 self.tokens_key: comfy.conds.CONDRegular(self._instruction(noise)),
+                 self.whole_key: comfy.conds.CONDConstant(not areas)}
         with conds_with(guider, conds):
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
@@ -86,7 +94,9 @@ class DegradationCondition(LatentCondition):
         if tokens is None:
             return entry
         nothing = comfy.conds.CONDRegular(torch.zeros_like(tokens.cond))
-        return {**entry, "model_conds": {**entry["model_conds"], self.tokens_key: nothing}}
+        # Patches that remember what a cond gave, such as EasyCache, tell conds apart by it.
+        twin = uuid5(entry["uuid"], self.tokens_key)
+        return {**entry, "uuid": twin, "model_conds": {**entry["model_conds"], self.tokens_key: nothing}}
 
 
 def folded(pixels: Tensor, c_lq: Tensor, cell: int) -> Tensor:

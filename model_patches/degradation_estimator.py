@@ -4,6 +4,7 @@ The paper needs to be told the degradation. Here a bank holds the tokens of each
 says which kinds a picture has and at which place between their levels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config_values import whole_number
 from .fit import misfit
 from .framing import rgb_pictures
 from .host import inference_module, run_module, run_operations
@@ -102,6 +104,19 @@ def new_weights(bank: Tensor, config: dict[str, Any], seed: int = 0) -> Weights:
     return Weights(KIND, ANY_FAMILY, config, tensors | {BANK: bank.half()}, "a new degradation estimator")
 
 
+def _scale(row: Any) -> bool:
+    whole = isinstance(row, list) and len(row) == 3 and isinstance(row[2], list) and len(row[2]) > 1
+    return whole and all(isinstance(name, str) for name in row[:2]) and all(isinstance(level, (int, float)) for level in row[2])
+
+
+# How to tell whether an entry of the config says what it has to.
+CONFIG: dict[str, Callable[[Any], bool]] = {
+    "scales": lambda value: isinstance(value, list) and bool(value) and all(map(_scale, value)),
+    "codebook": lambda value: isinstance(value, str),
+    "chart": lambda value: isinstance(value, dict) and whole_number(value.get("seed")) and whole_number(value.get("size"), 1),
+}
+
+
 def check_fit(weights: Weights, node: str) -> None:
     """Check that weights are a whole estimator.
 
@@ -109,9 +124,10 @@ def check_fit(weights: Weights, node: str) -> None:
         ValueError: naming the node, the weights and what is wrong.
     """
     weights.expect(KIND, node)
-    missing = sorted({"scales", "codebook", "chart"} - weights.config.keys())
-    if missing:
-        raise ValueError(f"{node}: {weights.name} does not say its {', '.join(missing)}. Update the pack, or save the file again.")
+    wrong = sorted(name for name, fits in CONFIG.items() if not fits(weights.config.get(name)))
+    if wrong:
+        raise ValueError(f"{node}: {weights.name} does not say its {', '.join(wrong)}, or not in a way that this pack understands. Update "
+                         "the pack, or save the file again.")
     with torch.device("meta"):
         wanted = EstimatorNetwork(level_counts(weights.config), nn).state_dict()
     wrong = misfit(part_of(weights.tensors, NETWORK), wanted)

@@ -11,9 +11,11 @@ from . import irb, via
 from .anatomy import Anatomy, Site, anatomy_of, every_block
 from .blocks import changed_picture, visit_blocks
 from .conditioned_patch import ConditionedPatch
+from .config_values import one_of, whole_number
 from .degradation_condition import DegradationCondition
 from .degraded_picture import FORMS
 from .diffusion_adapter import DiffusionAdapter, new_lora
+from .fine_tune import FineTune
 from .fit import check_family, check_shapes
 from .host import inference_module, trained_operations
 from .weights_file import Weights, part_of
@@ -28,6 +30,7 @@ NETWORK, TOKENIZER = "network.", "tokenizer."
 DEVIATION = "residual.deviation"
 BRIDGES = ("pyramid", "concatenation")
 INSTRUCTIONS = ("difference", "degraded", "words")
+CHOICES = {"form": FORMS, "size": irb.SIZES, "bridge": BRIDGES, "instruction": INSTRUCTIONS}
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class DegradationNetwork(nn.Module):
 
     def __init__(self, plan: Plan, config: dict[str, Any], operations: Any, **factory: Any) -> None:
         super().__init__()
-        tokens, channels = plan.anatomy.kind != "unet", plan.anatomy.latent_channels
+        tokens, anatomy = plan.anatomy.kind != "unet", plan.anatomy
+        channels = anatomy.latent_channels
         self.tokens, self.cell = tokens, config["cell"]
         if config["bridge"] == "pyramid":
-            self.irb = irb.ImageRestorationBridge(plan.sites, config["size"], tokens, config["cell"], channels, operations, **factory)
+            measures = config["size"], tokens, config["cell"], channels, anatomy.emb
+            self.irb = irb.ImageRestorationBridge(plan.sites, *measures, operations, **factory)
         else:
             self.irb = irb.Concatenation(plan.sites, channels, operations, **factory)
         told = config["instruction"] != "words"
@@ -74,7 +79,8 @@ class DegradationNetwork(nn.Module):
         return self.irb.pyramid(pixels, c_lq) if hasattr(self.irb, "pyramid") else c_lq
 
 
-def new_weights(model: "BaseModel", codes: Weights, form: str, size: str, rank: int, seed: int, **variant: str) -> Weights:
+def new_weights(model: "BaseModel", codes: Weights, form: str, size: str, rank: int, seed: int, fine_tune: bool = False,
+                **variant: str) -> Weights:
     """Make an untrained degradation model, which leaves the user's model as it is.
 
     Args:
@@ -84,16 +90,18 @@ def new_weights(model: "BaseModel", codes: Weights, form: str, size: str, rank: 
         size: one of irb.SIZES.
         rank: of the LoRA; 0 for none.
         seed: of the weights that do not start at zero.
+        fine_tune: whether all weights of the model learn, in place of a LoRA.
         variant: `bridge` and `instruction`, one of BRIDGES and INSTRUCTIONS, to compare with.
 
     Raises:
         ValueError: for a model whose architecture is not known, or that a variant is not made for.
     """
     config = {
-        "form": form, "size": size, "rank": rank, "cell": model.latent_format.spacial_downscale_ratio,
+        "form": form, "size": size, "rank": 0 if fine_tune else rank, "cell": model.latent_format.spacial_downscale_ratio,
         "bridge": BRIDGES[0], "instruction": INSTRUCTIONS[0], **variant,
         "codebook": tokenizer.fingerprint(codes), "code_width": tokenizer.SIZES[codes.config["size"]].width, "tokenizer": codes.config,
     }  # fmt: skip
+    config |= {"fine_tune": True} if fine_tune else {}
     plan = Plan.of(model, size)
     if config["bridge"] == "concatenation" and plan.anatomy.kind != "unet":
         raise ValueError("concatenation is there for UNets only.")
@@ -102,10 +110,11 @@ def new_weights(model: "BaseModel", codes: Weights, form: str, size: str, rank: 
     irb.initialise_bridge(network.irb, generator)
     if network.via is not None:
         via.initialise_adapter(network.via, plan.places, model, generator)
-    tensors = {NETWORK + name: tensor.detach() for name, tensor in network.state_dict().items()}
+    tensors = {NETWORK + name: tensor for name, tensor in network.state_dict().items()}
     tensors |= {TOKENIZER + name: tensor for name, tensor in tokenizer.for_use(codes).tensors.items()}
     tensors[DEVIATION] = torch.zeros(())
-    tensors |= new_lora(model, rank, generator)
+    tensors |= FineTune(model).native() if fine_tune else new_lora(model, rank, generator)
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     return Weights(KIND, plan.anatomy.family, config, tensors, f"the new degradation model for {plan.anatomy.family}")
 
 
@@ -117,17 +126,23 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Plan:
     """
     check_family(weights, KIND, model, node)
     config = weights.config
-    choices = {"form": FORMS, "size": irb.SIZES, "bridge": BRIDGES, "instruction": INSTRUCTIONS}
-    numbers = [config.get(name) for name in ("rank", "cell", "code_width")]
-    known = all(config.get(name) in options for name, options in choices.items())
-    codes = config.get("tokenizer")
-    whole = isinstance(codes, dict) and codes.get("size") in tokenizer.SIZES
-    if not known or not whole or not all(isinstance(number, int) for number in numbers):
+    if not _understood(config):
         raise ValueError(f"{node}: {weights.name} describes itself as {config}, which this pack does not understand. Update the pack, or "
                          "save the file again.")
     plan = Plan.of(model, config["size"])
     check_shapes(weights, expected_tensors(plan, weights, model), node)
     return plan
+
+
+def _understood(config: dict[str, Any]) -> bool:
+    codes, cell = config.get("tokenizer"), config.get("cell")
+    numbers = [config.get(name) for name in ("rank", "cell", "code_width")]
+    return (
+        all(one_of(config.get(name), options) for name, options in CHOICES.items())
+        and all(whole_number(number) for number in numbers) and cell > 0 and not cell & (cell - 1)
+        and isinstance(config.get("fine_tune", False), bool) and isinstance(config.get("codebook"), str) and isinstance(codes, dict) and one_of(codes.get("size"), tokenizer.SIZES)
+        and config["code_width"] == tokenizer.SIZES[codes["size"]].width
+    )
 
 
 def expected_tensors(plan: Plan, weights: Weights, model: "BaseModel") -> dict[str, Tensor]:
@@ -139,7 +154,15 @@ def expected_tensors(plan: Plan, weights: Weights, model: "BaseModel") -> dict[s
         tensors = {NETWORK + name: tensor for name, tensor in network.state_dict().items()}
         tensors |= {TOKENIZER + tokenizer.ENCODER + name: tensor for name, tensor in codes.state_dict().items()}
         tensors[DEVIATION] = torch.zeros(())
-        return tensors | (DiffusionAdapter(model, config["rank"]).native() if config["rank"] else {})
+        change = model_change(model, config)
+        return tensors if change is None else tensors | change.native()
+
+
+def model_change(model: "BaseModel", config: dict[str, Any]) -> FineTune | DiffusionAdapter | None:
+    """Build what a config lets the model's own weights learn; still empty."""
+    if config.get("fine_tune"):
+        return FineTune(model)
+    return DiffusionAdapter(model, config["rank"]) if config["rank"] else None
 
 
 def tokenizer_of(weights: Weights) -> Weights:
@@ -211,9 +234,9 @@ class DegradationPatch(ConditionedPatch):
 
     def _apply_model(self, executor: Any, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: Any, control: Any, transformer_options: dict,
                      **kwargs: Any) -> Tensor:
-        tokens = kwargs.pop(self.condition.tokens_key, None)
-        if tokens is not None:
-            transformer_options = {**transformer_options, self.condition.tokens_key: tokens}
+        for name in (self.condition.tokens_key, self.condition.whole_key):
+            if name in kwargs:
+                transformer_options = {**transformer_options, name: kwargs.pop(name)}
         return super()._apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def opened(self, c_lq: Tensor, mask: Tensor, model_sampling: Any, sigma: Tensor) -> "_Evaluation":
@@ -224,17 +247,19 @@ class DegradationPatch(ConditionedPatch):
     def _visit(self, site: Site, h: Tensor, emb: Tensor, options: dict) -> Tensor:
         evaluation = options[self.condition.key]
         if evaluation.features is None:
-            seen = once_each(evaluation.seen, len(options.get("cond_or_uncond", (0,)))).to(h)
+            seen = evaluation.seen.to(h)
+            if options.get(self.condition.whole_key):
+                seen = seen[:len(seen) // len(options.get("cond_or_uncond", (0,)))]
             pixels, c_lq = parted(seen, self.network.cell)
             evaluation.features = self.network.features(pixels, c_lq)
             if self.network.via is not None:
                 # Here and not in an attention, which gradient checkpointing may run twice.
                 evaluation.context = self.network.via.embed(options[self.condition.tokens_key].to(h))
         if not self.network.tokens:
-            return h + self.network.irb(site, h, evaluation.features)
+            return h + self.network.irb(site, h, evaluation.features, emb.to(h))
 
         def told(own: Tensor) -> Tensor:
-            own = own + self.network.irb(site, own, evaluation.features)
+            own = own + self.network.irb(site, own, evaluation.features, emb.to(own))
             return own if self.network.via is None else own + self.network.via(site.name, own, evaluation.context, options)
 
         patch = self.plan.sites[0].scale
@@ -261,12 +286,6 @@ class _Evaluation:
         self.features: Any = None
         self.context: Tensor | None = None
         self.query: Tensor | None = None
-
-
-def once_each(rows: Tensor, chunks: int) -> Tensor:
-    """Return the rows of the first cond alone where all conds of an evaluation show the same."""
-    first, *others = rows.chunk(chunks)
-    return first if all(torch.equal(first, other) for other in others) else rows
 
 
 def parted(seen: Tensor, cell: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config_values import one_of, whole_number
 from .framing import rgb_pictures
 from .host import inference_module, run_module, run_operations
 from .residual_block import ResidualBlock
@@ -211,12 +212,12 @@ def check_fit(weights: Weights, node: str, training: bool = False) -> Size:
         ValueError: naming the node, the weights and what is wrong.
     """
     weights.expect(KIND, node)
-    size = weights.config.get("size")
-    if size not in SIZES or not isinstance(weights.config.get("adversarial"), bool):
+    size, critic = weights.config.get("size"), weights.config.get("adversarial")
+    if not one_of(size, SIZES) or not isinstance(critic, bool) or (critic and not whole_number(weights.config.get("critic_start"))):
         raise ValueError(f"{node}: {weights.name} describes itself as {weights.config}, and a size ({', '.join(SIZES)}) was expected. "
                          "Update the pack, or save the file again.")
     with torch.device("meta"):
-        wanted = TokenizerNetwork(SIZES[size], weights.config["adversarial"], nn).state_dict()
+        wanted = TokenizerNetwork(SIZES[size], critic, nn).state_dict()
     for name, tensor in wanted.items():
         found = weights.tensors.get(name)
         if found is None and not training and not name.startswith(ENCODER):
@@ -268,7 +269,8 @@ def instruction_of(weights: Weights, degraded: Tensor, clean: Tensor, words: str
 
     Args:
         weights: a tokenizer.
-        degraded, clean: charts of the same layout, IMAGEs of any size from 32 pixels on; one clean chart may stand for all degraded ones.
+        degraded, clean: square charts of the same layout, IMAGEs of any size from 32 pixels on; one clean chart may stand for all degraded
+            ones.
         words: what is wrong with the degraded one.
         node: for messages.
 
@@ -281,6 +283,11 @@ def instruction_of(weights: Weights, degraded: Tensor, clean: Tensor, words: str
         (one, other) = (f"{len(charts)} of {charts.shape[2]} x {charts.shape[1]} pixels" for charts in (degraded, clean))
         raise ValueError(f"{node}: 'degraded' holds {one}, and 'clean' {other}. Connect the same chart before and after the damage, in one "
                          "size.")
+    height, width = clean.shape[1:3]
+    if height != width:
+        # Tokens say where they lie by their number, and models learn from square charts.
+        raise ValueError(f"{node}: the charts on 'degraded' and 'clean' are {width} x {height} pixels, and a chart has to be square, as "
+                         "Visual Ground draws it. Crop both in the same way.")
     return Instruction(difference(weights, degraded, clean), fingerprint(weights), words)
 
 

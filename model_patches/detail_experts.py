@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .daem import SIZES, DetailExperts, initialise
-from .fit import VAE_INPUT, check_shapes, check_vae_family
+from .fit import VAE_INPUT, check_finite, check_shapes, check_vae_family
 from .host import inference_module, trained_operations
 from .vae_sites import VaeAnatomy, signature, vae_anatomy
 from .weights_file import Weights, part_of
@@ -62,6 +62,7 @@ def check_fit(weights: Weights, vae: "VAE", node: str) -> VaeAnatomy:
                          "Update the pack, or save the file again.")
     own = signature(vae.first_stage_model)
     check_shapes(weights, _expected(anatomy, size, window) | {SIGNATURE: own}, node, VAE_INPUT)
+    check_finite(weights, node)
     if not float(F.cosine_similarity(weights.tensors[SIGNATURE].float().cpu(), own, 0)) >= LEAST_LIKENESS:
         raise ValueError(f"{node}: {weights.name} was made for another VAE of the same layout ({anatomy.family}), such as "
                          "that of SD1.5 instead of SDXL. Load the VAE it was trained on, or train experts for this one.")

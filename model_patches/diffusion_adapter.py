@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 PREFIX = "diffusion_model."
+# Of names in the host's keys: without anything in these nothing changes.
+CHANGING = ("lora_B.weight", ".diff", ".diff_b")
 
 
 class LoraLayer(nn.Module):
@@ -109,7 +111,7 @@ class DiffusionAdapter(nn.Module):
 
 
 def lora_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a file that is LoRA."""
+    """Return the part of a file that changes the model's own weights, in the host's keys."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
 
 
@@ -123,9 +125,9 @@ def new_lora(model: "BaseModel", rank: int, generator: torch.Generator) -> dict[
 
 
 def lora_of(weights: Weights) -> dict[str, Tensor]:
-    """Return the LoRA of a file in the host's keys; empty if it has none or none that would change anything."""
+    """Return the LoRA or the fine-tune of a file in the host's keys; empty if it has none or none that would change anything."""
     tensors = lora_tensors(weights.tensors)
-    return tensors if any(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_B.weight")) else {}
+    return tensors if any(tensor.any() for name, tensor in tensors.items() if name.endswith(CHANGING)) else {}
 
 
 def with_lora_of(patcher: "ModelPatcher", weights: Weights, strength: float = 1.0) -> "ModelPatcher":

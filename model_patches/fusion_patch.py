@@ -11,7 +11,7 @@ from .blocks import changed_picture, visit_entry
 from .conditioned_patch import ConditionedPatch
 from .daff import DAFF, PRESETS, initialise, layout_of
 from .diffusion_adapter import DiffusionAdapter, new_lora
-from .fit import check_family, check_shapes
+from .fit import check_family, check_finite, check_shapes
 from .host import inference_module, model_times, trained_operations
 from .lq_condition import FeatureCondition
 from .lq_encoder import check_vae, lq_encoder_tensors
@@ -90,6 +90,7 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
         raise ValueError(f"{node}: {weights.name} describes itself as {config}, and a preset ({', '.join(PRESETS)}), features, single and "
                          "a rank were expected. Update the pack, or save the file again.")
     check_shapes(weights, expected_tensors(anatomy, config, model), node)
+    check_finite(weights, node)
     return anatomy
 
 

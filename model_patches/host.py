@@ -47,6 +47,8 @@ OUT_OF_MEMORY = (comfy.model_management.OOM_EXCEPTION, comfy.model_management.AC
 
 # Backward through a VAE decoder keeps its activations: about this many times the host's estimate for a plain decode.
 BACKWARD_FACTOR = 3.5
+# Of comfy_api.torch_helpers.torch_compile, which training has to do without.
+COMPILE_KEY = "torch.compile"
 
 
 @contextmanager
@@ -725,6 +727,16 @@ def with_text_length(clip: comfy.sd.CLIP, tokens: int) -> comfy.sd.CLIP:
     clip = clip.clone()
     clip.set_tokenizer_option("t5xxl_min_length", tokens)
     return clip
+
+
+def unspent_control(control: dict[str, list] | None) -> dict[str, list] | None:
+    """Return what ControlNets add, in lists of its own: an evaluation of a UNet takes the entries out of those that it is given."""
+    return None if control is None else {place: list(added) for place, added in control.items()}
+
+
+def is_compiled(transformer_options: dict[str, Any]) -> bool:
+    """Tell whether an evaluation runs through torch.compile, as TorchCompileModel and nodes like it set it up."""
+    return COMPILE_KEY in transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
 
 
 def sample_with(patcher: "ModelPatcher", conditioning: list, noise: Tensor, sampler: comfy.samplers.Sampler, steps: int) -> Tensor:

@@ -36,10 +36,12 @@ class LearnedPrompt(nn.Module):
     Attributes:
         prompts: (1, L, D) float32, P: L tokens of the width that attention reads text in.
         alphas: (n,) float32, one for each attention module in the order of the model's modules().
+        t0: where the bridge begins that it was trained on, as far as that is known.
     """
 
-    def __init__(self, prompts: Tensor, alphas: Tensor) -> None:
+    def __init__(self, prompts: Tensor, alphas: Tensor, t0: float | None = None) -> None:
         super().__init__()
+        self.t0 = t0
         self.prompts = nn.Parameter(prompts.detach().float().clone())
         self.alphas = nn.Parameter(alphas.detach().float().clone())
 
@@ -50,7 +52,8 @@ class LearnedPrompt(nn.Module):
         Works within the host's inference mode.
         """
         with torch.inference_mode(False):
-            return cls(weights.tensors["prompts"].clone(), weights.tensors["alphas"].clone()).requires_grad_(trained)
+            prompt = cls(weights.tensors["prompts"].clone(), weights.tensors["alphas"].clone(), weights.config.get("t0"))
+            return prompt.requires_grad_(trained)
 
     @property
     def length(self) -> int:
@@ -132,5 +135,9 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
     if len(alphas) != modules:
         raise ValueError(f"{node}: {weights.name} holds {len(alphas)} alphas, and 'model' ({anatomy.family}) has {modules} attention "
                          "modules. Load the model it was trained on.")
+    t0 = weights.config.get("t0", 1.0)
+    if isinstance(t0, bool) or not isinstance(t0, (int, float)) or not 0 < t0 <= 1:
+        raise ValueError(f"{node}: {weights.name} says that it was trained from t0 {t0!r}, and a number above 0 and up to 1 was expected. "
+                         "Save it again.")
     check_finite(weights, node)
     return anatomy

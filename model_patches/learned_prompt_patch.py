@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .anatomy import Anatomy, anatomy_of
 from .evaluation_hooks import EvaluationHooks
-from .host import WrappersMP, free_key
+from .host import WrappersMP, free_key, is_compiled, reserve, unspent_control
 from .learned_prompt import LearnedPrompt, attention_modules
-from .percents import acts
-from .prompt_injection import Injection, Made, Term
+from .percents import acts, percent_of
+from .prompt_injection import Injection, Made, Term, kept_bytes
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 NODE = "Apply Learned Prompt"
 AVERAGE, SUM = "average", "sum"
 FLUX_GUIDANCE = 1.0
+# Less than this is among what the host keeps free in any case. The host reserves by whole latents, so small requests cost too much.
+WORTH_RESERVING = 128 * 2**20
 # Runs of the model in each step: prompts that add up, and the weight of the run.
 Passes = list[tuple[list[Term], float]]
 log = logging.getLogger(__name__)
@@ -33,8 +35,8 @@ def attach_prompt(patched: "ModelPatcher", prompt: LearnedPrompt, strength: floa
                   end_percent: float = 1.0, node: str = NODE) -> EvaluationHooks:
     """Hang a prompt on a clone of a model that is the caller's own.
 
-    In sampling and in training the model is evaluated as the prompt's own conditions want it: WAN's text cut to the prompt's length before
-    the text embedding, FLUX's guidance 1. Gradients reach `prompts` and `alphas` where these require them, through checkpointed blocks too;
+    In sampling and in training the model is evaluated as the prompt's own conditions want it: the text of WAN and FLUX cut to the prompt's
+    length, FLUX's guidance 1. Gradients reach `prompts` and `alphas` where these require them, through checkpointed blocks too;
     FLUX needs host.unshared_norm_inputs and host.gradients as ever. The parameters are read anew in every evaluation that gradients flow
     through; in sampling once a run. Nothing is kept in the model itself.
 
@@ -50,7 +52,7 @@ def attach_prompt(patched: "ModelPatcher", prompt: LearnedPrompt, strength: floa
         clear it too, for the case that a backward pass breaks off.
 
     Raises:
-        ValueError: during an evaluation of FLUX, when its text has fewer tokens than the prompt.
+        ValueError: during an evaluation; of FLUX, when its text has fewer tokens than the prompt; of any model that is compiled.
     """
     return attach_passes(patched, [([Term(prompt, strength)], 1.0)] if strength else [], start_percent, end_percent, node)
 
@@ -84,16 +86,25 @@ def attach_passes(patched: "ModelPatcher", passes: Passes, start_percent: float,
     if not passes:
         return EvaluationHooks()
     patch = _LearnedPromptPatch(free_key(patched, "mend_prompt"), patched.model, passes, (start_percent, end_percent), node)
+    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, patch.key, patch.prepare_sampling)
     patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, patch.key, patch.sampler_sample)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, patch.key, patch.apply_model)
     return patch.hooks
 
 
-class _Run:
-    """What one run of a sampler has computed, for each pass."""
+def trained_times(transformer_options: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return the node that attached it and the T0 that it was trained at, for every prompt in a sampler's run of which that is known."""
+    runs = [value for value in transformer_options.values() if isinstance(value, _Run)]
+    return [(run.node, t0) for run in runs for t0 in run.t0s]
 
-    def __init__(self, passes: int) -> None:
-        self.made = [Made() for _ in range(passes)]
+
+class _Run:
+    """One run of a sampler under a use of prompts: whose they are, and what has been computed, for each pass."""
+
+    def __init__(self, passes: Passes, node: str) -> None:
+        self.node = node
+        self.t0s = sorted({term.prompt.t0 for terms, _ in passes for term in terms if term.prompt.t0 is not None})
+        self.made = [Made() for _ in passes]
 
 
 class _LearnedPromptPatch:
@@ -105,13 +116,22 @@ class _LearnedPromptPatch:
         self.paths = attention_modules(model)
         self.hooks = EvaluationHooks()
 
+    def prepare_sampling(self, executor: Any, model: "ModelPatcher", noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        """PREPARE_SAMPLING wrapper: ask the host to leave room for what the run will keep of the prompts."""
+        dtype = model.model.get_dtype_inference()
+        need = sum(kept_bytes(self.anatomy.kind, len(self.paths), terms, dtype) for terms, _ in self.passes)
+        if need >= WORTH_RESERVING:
+            noise_shape = reserve(model, list(noise_shape), need)
+        return executor(model, noise_shape, *args, **kwargs)
+
     def sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, *args: Any, **kwargs: Any) -> Tensor:
         """SAMPLER_SAMPLE wrapper: open a run, and leave nothing in the model behind it."""
         cfg = getattr(guider, "cfg", 1.0)
         if cfg != 1.0:
             log.warning("%s: learned prompts work at CFG 1, and this run has CFG %s. Set cfg to 1; it is faster, too.", self.node, cfg)
+        self._warn_if_idle(guider.inner_model.model_sampling, sigmas)
         options = extra_args["model_options"]
-        inner = {**options.get("transformer_options", {}), self.key: _Run(len(self.passes))}
+        inner = {**options.get("transformer_options", {}), self.key: _Run(self.passes, self.node)}
         try:
             return executor(guider, sigmas, {**extra_args, "model_options": {**options, "transformer_options": inner}}, *args, **kwargs)
         finally:
@@ -121,18 +141,29 @@ class _LearnedPromptPatch:
                     **kwargs: Any) -> Tensor:
         """APPLY_MODEL wrapper: evaluate the model once a pass. At equal x the average of its x0 is that of its velocities."""
         model = executor.class_obj
+        if is_compiled(transformer_options):
+            raise ValueError(f"{self.node}: 'model' goes through TorchCompileModel or a node like it. What is compiled does not notice that a "
+                             "prompt comes, goes or changes, and the result would be wrong. Take that node out of the chain of this model.")
         if not acts(*self.percents, model.model_sampling, t):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        run = transformer_options.get(self.key) or _Run(len(self.passes))
+        run = transformer_options.get(self.key) or _Run(self.passes, self.node)
         total: Any = 0
         for (terms, weight), made in zip(self.passes, run.made):
             length = max(term.prompt.length for term in terms)
             context, own = self._conditions(model, length, c_crossattn, dict(kwargs))
             injection = Injection(terms, made)
             x0 = self._evaluate(model, injection, context, transformer_options,
-                                lambda options: executor(x, t, c_concat, context, control, options, **own))
+                                lambda options: executor(x, t, c_concat, context, unspent_control(control), options, **own))
             total = x0 if len(self.passes) == 1 else total + weight * x0
         return total
+
+    def _warn_if_idle(self, sampling: Any, sigmas: Tensor) -> None:
+        """Say so if the given part of the model's schedule, of which a run may walk the end only, holds none of the run's steps."""
+        steps = sigmas[:-1]
+        if len(steps) and not any(acts(*self.percents, sampling, step) for step in steps):
+            begin, end = (percent_of(sampling, float(sigma)) for sigma in (steps.max(), steps.min()))
+            log.warning("%s: the prompt does nothing in this run. start_percent %g and end_percent %g count along the model's whole "
+                        "schedule, and this run walks it from %.2f to %.2f.", self.node, *self.percents, begin, end)
 
     def _evaluate(self, model: "BaseModel", injection: Injection, context: Tensor, options: dict, evaluate: Any) -> Tensor:
         if self.anatomy.kind == "unet":
@@ -142,12 +173,10 @@ class _LearnedPromptPatch:
 
     def _conditions(self, model: "BaseModel", length: int, context: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Return text and further arguments as prompts of a family were trained with."""
-        if self.anatomy.kind == "wan":
-            return context[:, :length], kwargs
         if self.anatomy.kind == "flux":
             if context.shape[1] < length:
                 raise ValueError(f"{self.node}: the prompt holds {length} tokens and the text {context.shape[1]}. Put T5 Tokenizer Options "
                                  f"with min_length {length} between the text encoder's loader and the node that encodes the empty text.")
             if model.diffusion_model.params.guidance_embed:
                 kwargs["guidance"] = torch.full((len(context),), FLUX_GUIDANCE, device=context.device)
-        return context, kwargs
+        return (context[:, :length] if self.anatomy.kind in ("flux", "wan") else context), kwargs

@@ -11,3 +11,12 @@ def acts(start_percent: float, end_percent: float, model_sampling: Any, sigma: T
         return True
     first, last = (float(model_sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
     return last <= float(sigma.max()) <= first
+
+
+def percent_of(model_sampling: Any, sigma: float) -> float:
+    """Return where in a model's whole schedule a sigma comes, as percent_to_sigma counts: 0 at its beginning, 1 at its end."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(model_sampling.percent_to_sigma(middle)) > sigma else (low, middle)
+    return high

@@ -40,10 +40,6 @@ class Term:
             return list(self.prompt.alphas * self.weight)
         return [alpha * self.weight for alpha in self.prompt.alphas.tolist()]
 
-    def tokens(self, device: torch.device) -> Tensor:
-        """Return P (L, D)."""
-        return self.prompt.prompts[0].to(device)
-
 
 @dataclass
 class Made:
@@ -116,9 +112,9 @@ class Injection:
             h, context = args
             # Image-to-video models are told the first picture before the text.
             before = (kwargs.get("context_img_len") or 0) if hasattr(attention, "k_img") else 0
-            for term, alpha in zip(self.terms, alphas):
+            for index, alpha in enumerate(alphas):
                 if not _nothing(alpha):
-                    rows = _fitted(term.tokens(context.device), context.shape[1] - before)
+                    rows = _fitted(self._tokens(index, context.device), context.shape[1] - before)
                     told = (context + F.pad(rows, (0, 0, before, 0))).to(context.dtype)
                     out = out + alpha * attention.forward(h, told, **kwargs)
             return out
@@ -150,7 +146,27 @@ class Injection:
 
     def _summed(self, alphas: list[Any], device: torch.device, rows: int, repeat: bool = False) -> Tensor:
         """Return the sum of all alpha P, (rows, D)."""
-        return sum(alpha * _fitted(term.tokens(device), rows, repeat) for term, alpha in zip(self.terms, alphas))
+        return sum(alpha * _fitted(self._tokens(index, device), rows, repeat) for index, alpha in enumerate(alphas))
+
+    def _tokens(self, index: int, device: torch.device) -> Tensor:
+        """Return P (L, D) of a term on a device: prompts are kept on the CPU, and go to the device once a run."""
+        return self.made.get(("tokens", index, device), lambda: self.terms[index].prompt.prompts[0].to(device))
+
+
+def kept_bytes(kind: str, modules: int, terms: list[Term], dtype: torch.dtype) -> int:
+    """Return how much a run keeps of prompts that add up: what `Made` comes to hold.
+
+    Args:
+        kind: of the model's anatomy.
+        modules: how many attention modules it has.
+        terms: the prompts.
+        dtype: that the model computes in.
+    """
+    prompts = [term.prompt.prompts for term in terms]
+    rows, width = max(prompt.shape[1] for prompt in prompts), prompts[0].shape[2]
+    q_k_v = 3 * dtype.itemsize
+    each = {"flux": q_k_v, "sd3": q_k_v, "unet": prompts[0].itemsize, "wan": 0}[kind]
+    return modules * rows * width * each + sum(prompt.nbytes for prompt in prompts)
 
 
 def _nothing(alpha: Any) -> bool:

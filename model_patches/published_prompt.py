@@ -11,6 +11,8 @@ from .folders import PUBLISHED
 from .learned_prompt import KIND
 from .weights_file import Weights, load_weights
 
+# The bridge that the authors train on begins here.
+T0 = 0.4
 # What the authors call the models, the family each is, its width and its number of attention modules.
 BACKENDS = {"flux": ("FLUX.1", 3072, 57), "wan": ("WAN 1.3B", 1536, 30)}
 
@@ -68,7 +70,7 @@ def published_weights(content: Any, name: str) -> Weights:
         found = f"{len(alphas)} entries" if listed else type(alphas).__name__
         raise ValueError(f"{name} is incomplete: its alphas are {found}, and {modules} numbers were expected. Download it again.")
     tensors = {"prompts": prompts.detach().float(), "alphas": torch.stack([alpha.detach().float().reshape(()) for alpha in alphas])}
-    return Weights(KIND, family, {"length": prompts.shape[1]}, tensors, name)
+    return Weights(KIND, family, {"length": prompts.shape[1], "t0": T0}, tensors, name)
 
 
 def _numbers(value: Any) -> bool:

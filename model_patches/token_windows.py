@@ -22,11 +22,11 @@ def in_windows(run: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, wi
         for left, wide in _spans(width, window):
             place = (..., slice(top, top + tall), slice(left, left + wide))
             weight = _bell(tall, a.device)[:, None] * _bell(wide, a.device)
-            part = run(a[place], b[place]) * weight.to(a)
+            part = run(a[place], b[place]).float() * weight  # half precision cannot hold the weights at corners
             total = part.new_zeros(*part.shape[:2], height, width) if total is None else total
             total[place] += part
             weights[place] += weight
-    return total / weights.to(total)
+    return (total / weights).to(a)
 
 
 def _spans(size: int, window: int) -> list[tuple[int, int]]:

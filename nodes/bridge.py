@@ -2,12 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from comfy_api.latest import io
 
 from ..model_patches.errors import telling
 from ..samplers.bridge import E_BRIDGE, NODE, PUBLISHED_SEED, STEPS, T0, YPT, Bridge, bridge_sigmas
+from .inputs import samples_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -56,7 +55,7 @@ class BridgeSampler(io.ComfyNode):
                 io.Int.Input(
                     "window", default=0, min=0, max=16384, advanced=True,
                     tooltip="For long videos: how many frames the model sees at once. Windows overlap and are blended at every step. 0: "
-                    "all frames.",
+                    "all frames. ComfyUI plans memory for the whole clip all the same; when it is short, use its Context Windows node.",
                 ),
                 io.Int.Input(
                     "overlap", default=16, min=0, max=16384, advanced=True, tooltip="How many frames neighbouring windows share."
@@ -73,7 +72,7 @@ class BridgeSampler(io.ComfyNode):
         """Return the sampler."""
         if window and overlap >= window:
             raise ValueError(f"{NODE}: overlap is {overlap} frames and window {window}; the overlap has to be shorter.")
-        latent = None if degraded is None else _samples(degraded)
+        latent = None if degraded is None else samples_of(degraded, NODE, "degraded")
         return io.NodeOutput(Bridge(latent, estimator, noise == KEPT, fixed_seed if fixed_noise else None, window, overlap).sampler())
 
 
@@ -95,7 +94,7 @@ class BridgeSigmas(io.ComfyNode):
                 io.Float.Input(
                     "t0", default=T0, min=0.01, max=1.0, step=0.01,
                     tooltip="How much noise it starts from, the paper's T0. Low keeps more of the picture, damage too; high changes more. "
-                    "Prompts work best at the value they were trained with.",
+                    "Prompts work best at the value they were trained with; Bridge Sampler warns of another one.",
                 ),
                 io.Int.Input(
                     "steps", default=STEPS, min=1, max=1000, tooltip="How many times the model is asked. Fewer are faster and rougher."
@@ -109,14 +108,6 @@ class BridgeSigmas(io.ComfyNode):
         """Return the schedule."""
         with telling(f"{SIGMAS}:"):
             return io.NodeOutput(bridge_sigmas(model.get_model_object("model_sampling"), t0, steps))
-
-
-def _samples(latent: dict[str, Any]) -> Tensor:
-    samples = latent["samples"]
-    if getattr(samples, "is_nested", False):
-        raise ValueError(f"{NODE}: 'degraded' holds several things at once (such as picture and sound). "
-                         "Connect one of a picture or a plain video.")
-    return samples
 
 
 NODES = [BridgeSampler, BridgeSigmas]

@@ -21,13 +21,13 @@ from ..model_patches.degradation_model import (
 from ..model_patches.degraded_picture import ATTACHMENT, Degradation, DegradedPicture
 from ..model_patches.diffusion_adapter import with_lora_of
 from ..model_patches.errors import telling
-from ..model_patches.framing import check_finite, rgb_pictures
+from ..model_patches.framing import rgb_pictures
 from ..model_patches.host import WrappersMP, free_key, load_with
 from ..model_patches.irb import SIZES
 from ..model_patches.weights_file import Weights
 from ..samplers.degradation_space import NODE as SAMPLER
 from ..samplers.degradation_space import DegradationSpaceSampler, degradation_of, demand_degradation_space
-from .inputs import percent_inputs, seed_input
+from .inputs import percent_inputs, samples_of, seed_input, usable_mask
 from .visual_instruction import MendInstruction
 from .weights import WeightsSocket
 
@@ -66,16 +66,23 @@ class NewDegradationModel(io.ComfyNode):
                     "size", options=list(SIZES), default="full",
                     tooltip="full: on UNets as wide as the model, on others narrower. small: half as wide as full, for small models or little memory.",
                 ),
-                io.Int.Input("lora_rank", default=32, min=0, max=512, tooltip="Rank of the LoRA on self-attention. 0 leaves it out."),
+                io.Int.Input("lora_rank", default=32, min=0, max=512, tooltip="Rank of the LoRA on self-attention. 0 leaves it out, as does fine_tune."),
                 seed_input("Fixes the numbers it starts from. A fresh one changes nothing, whatever the seed."),
+                io.Boolean.Input(
+                    "fine_tune", default=False, advanced=True,
+                    tooltip="Let all weights of the model learn in place of a LoRA. Training then needs memory for the model four times "
+                    "more, and the file is as large as the model.",
+                ),
             ],
             outputs=[WeightsSocket.Output(display_name="weights", tooltip="The untrained degradation model, for Train.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: "ModelPatcher", tokenizer: Weights, form: str, size: str, lora_rank: int, seed: int) -> io.NodeOutput:
+    def execute(
+        cls, model: "ModelPatcher", tokenizer: Weights, form: str, size: str, lora_rank: int, seed: int, fine_tune: bool = False,
+    ) -> io.NodeOutput:  # fmt: skip
         """Return fresh weights."""
-        return io.NodeOutput(_fresh(model, tokenizer, form, size, lora_rank, seed))
+        return io.NodeOutput(_fresh(model, tokenizer, form, size, lora_rank, seed, fine_tune))
 
 
 class ApplyDegradationDiffusion(io.ComfyNode):
@@ -143,7 +150,7 @@ class ApplyDegradationDiffusion(io.ComfyNode):
         load_with(patched, condition.key, [network])
         patched = with_lora_of(patched, weights)
         deviation = float(weights.tensors[DEVIATION])
-        patched.set_attachments(ATTACHMENT, Degradation(picture, weights.config["form"], deviation, strength, _usable(mask, picture)))
+        patched.set_attachments(ATTACHMENT, Degradation(picture, weights.config["form"], deviation, strength, usable_mask(mask, APPLY)))
         return io.NodeOutput(patched)
 
 
@@ -203,27 +210,13 @@ class RemoveDegradation(io.ComfyNode):
     @classmethod
     def execute(cls, model: "ModelPatcher", samples: dict[str, Any]) -> io.NodeOutput:
         """Return the restored pictures."""
-        degradation, latent = degradation_of(model, REMOVE), samples["samples"]
-        if getattr(latent, "is_nested", False):
-            raise ValueError(f"{REMOVE}: 'samples' holds several things at once (such as picture and sound). Connect what was sampled with "
-                             "'model'.")
-        return io.NodeOutput(degradation.removed(model, latent))
+        return io.NodeOutput(degradation_of(model, REMOVE).removed(model, samples_of(samples, REMOVE, "samples")))
 
 
-def _fresh(model: "ModelPatcher", codes: Weights, form: str, size: str, rank: int, seed: int) -> Weights:
+def _fresh(model: "ModelPatcher", codes: Weights, form: str, size: str, rank: int, seed: int, fine_tune: bool) -> Weights:
     tokenizer.check_fit(codes, NEW)
     with telling(f"{NEW}: 'model':"):
-        return new_weights(model.model, codes, form, size, rank, seed)
-
-
-def _usable(mask: Tensor | None, picture: DegradedPicture) -> Tensor | None:
-    if mask is None:
-        return None
-    if not mask.numel():
-        raise ValueError(f"{APPLY}: mask holds no pixels (its shape is {tuple(mask.shape)}). Connect a node that gives at least one mask.")
-    mask = mask.reshape(-1, *mask.shape[-2:])
-    check_finite(mask, APPLY, "mask")
-    return mask
+        return new_weights(model.model, codes, form, size, rank, seed, fine_tune)
 
 
 NODES = [NewDegradationModel, ApplyDegradationDiffusion, DegradationSpace, RemoveDegradation]

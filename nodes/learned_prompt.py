@@ -26,6 +26,10 @@ NEW, APPLY, BLEND, TELL = "New Learned Prompt", NODE, "Blend Learned Prompts", "
 ATTENTION, TEXT = "in the attention", "in place of the text"
 FORMS = {ATTENTION: learned_prompt.KIND, TEXT: prompt_conditioning.KIND}
 SLOTS = (1, 2, 3, 4)
+ON_THE_BRIDGE = (
+    "Counted along the model's whole schedule, of which the bridge walks the end only: at t0 0.4 from 0.76 (SD1.5, SDXL), 0.82 (SD3), 0.83 "
+    "(FLUX) or 0.92 (WAN) to 1."
+)
 
 
 class NewLearnedPrompt(io.ComfyNode):
@@ -42,7 +46,11 @@ class NewLearnedPrompt(io.ComfyNode):
             "restore, where words cannot. It is the smallest restorer that Mend can train. Connect it to Train.",
             search_aliases=["learned prompt", "prompt tuning", "soft prompt", "textual inversion", "embedding", "train restoration"],
             inputs=[
-                io.Model.Input("model", tooltip="The model it is for: SD1.5, SD2, SDXL, SD3, FLUX.1 or WAN. It will fit no other family."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model it is for: SD1.5, SD2, SDXL, SD3, FLUX.1 or WAN, which learns from still pictures. It will fit no "
+                    "other family.",
+                ),
                 io.Combo.Input(
                     "form", options=list(FORMS), default=ATTENTION,
                     tooltip="in the attention: told anew in every layer, as published; for Apply Learned Prompt. in place of the text: one "
@@ -94,7 +102,7 @@ class ApplyLearnedPrompt(io.ComfyNode):
                     "strength", default=1.0, min=0.0, max=2.0, step=0.01,
                     tooltip="How strongly it acts. 0 is the model itself; above 1 damage may be overcorrected.",
                 ),
-                *percent_inputs(),
+                *percent_inputs(ON_THE_BRIDGE),
             ],
             outputs=[
                 io.Model.Output(
@@ -152,7 +160,7 @@ class BlendLearnedPrompts(io.ComfyNode):
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=2.0, step=0.01, tooltip="How strongly all of them act. 0 is the model itself."
                 ),
-                *percent_inputs(),
+                *percent_inputs(ON_THE_BRIDGE),
                 *_optional_slots(),
             ],
             outputs=[

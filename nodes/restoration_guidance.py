@@ -6,10 +6,11 @@ from torch import Tensor
 
 from comfy_api.latest import io
 
-from ..model_patches.framing import check_finite, rgb_pictures
+from ..model_patches.framing import rgb_pictures
 from ..samplers.degraded_latent import NODE, DegradedLatent
 from ..samplers.restoration_guidance import Restoration
 from ..samplers.restoration_guidance import RestorationGuidance as Guidance
+from .inputs import samples_of, usable_mask
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -68,24 +69,8 @@ class RestorationGuidance(io.ComfyNode):
         latent: dict[str, Any] | None = None, mask: Tensor | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         """Return the model under guidance."""
-        source = DegradedLatent(latent=_samples(latent)) if latent is not None else _pictures(degraded, vae)
-        return io.NodeOutput(Guidance(Restoration(weight, onset, form == LITERAL), source, _usable(mask)).attach(model))
-
-
-def _samples(latent: dict[str, Any]) -> Tensor:
-    samples = latent["samples"]
-    if getattr(samples, "is_nested", False):
-        raise ValueError(f"{NODE}: 'latent' holds several things at once (such as picture and sound); connect one of a picture or a plain video")
-    return samples
-
-
-def _usable(mask: Tensor | None) -> Tensor | None:
-    if mask is None:
-        return None
-    if not mask.numel():
-        raise ValueError(f"{NODE}: mask holds no pixels (its shape is {tuple(mask.shape)}). Connect a node that gives at least one mask.")
-    check_finite(mask.reshape(-1, *mask.shape[-2:]), NODE, "mask")
-    return mask
+        source = DegradedLatent(latent=samples_of(latent, NODE, "latent")) if latent is not None else _pictures(degraded, vae)
+        return io.NodeOutput(Guidance(Restoration(weight, onset, form == LITERAL), source, usable_mask(mask, NODE)).attach(model))
 
 
 def _pictures(degraded: Tensor | None, vae: "VAE | None") -> DegradedLatent:

@@ -187,7 +187,8 @@ class ApplyPosteriorGuidance(io.ComfyNode):
             display_name="Apply Posterior Guidance",
             category="restoration/zero-shot",
             description="Make a model restore a picture without training: while it samples, what it predicts is kept consistent with the "
-            "damaged picture. Works with SD, SDXL, SD3, FLUX and single WAN frames under any sampler.",
+            "damaged picture. Written for SD, SDXL, SD3, FLUX and single WAN frames; tried on tiny models of these kinds, measured on the "
+            "lab's.",
             search_aliases=["restore", "zero-shot", "ld-rps", "posterior sampling", "dps", "denoise", "enhance", "fix photo"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with."),
@@ -330,14 +331,14 @@ class RecurrentRenoising(io.ComfyNode):
             node_id="MendRecurrentRenoising",
             display_name="Recurrent Re-noising",
             category="restoration/zero-shot",
-            description="Run a sampler again on its own result: noise it part of the way, sample, repeat. Each round starts from a better "
-            "picture. Useful with posterior guidance, works with any model.",
+            description="Run a sampler again on its own result: noise it part of the way, sample, repeat, as LD-RPS does. On the lab's model "
+            "one to three extra rounds cost 0.1 to 0.9 dB; try 0 first. Works with any model.",
             search_aliases=["recurrent", "refine", "renoise", "multi pass", "iterate sampler", "ld-rps"],
             inputs=[
                 io.Sampler.Input("sampler", tooltip="The sampler to repeat."),
                 io.Int.Input(
-                    "rounds", default=1, min=0, max=20,
-                    tooltip="Extra passes after the first. 0 is the sampler alone; each more mends and changes more.",
+                    "rounds", default=0, min=0, max=20,
+                    tooltip="Extra passes after the first. 0 is the sampler alone; each more changes more, for better or worse.",
                 ),
                 io.Float.Input(
                     "gamma", default=0.3, min=0.01, max=0.99, step=0.01,

@@ -7,6 +7,7 @@ the model's denoised D = x - sigma * output is the same thing, and a flow's velo
 states from `Path`.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from tqdm.auto import trange
 import comfy.samplers
 
 from ..model_patches.host import context_windows, held_mask, is_flow, unit_noise
+from ..model_patches.learned_prompt_patch import trained_times
 from ..model_patches.lq_condition import LatentCondition
 
 NODE = "Bridge Sampler"
@@ -24,7 +26,10 @@ T0, LEAST_TIME, STEPS = 0.4, 1e-4, 20
 YPT, E_BRIDGE = "YPT", "E-Bridge"
 ESTIMATORS = (YPT, E_BRIDGE)
 PUBLISHED_SEED = 42
+# What counts as the same T0: the steps of the node's input are 0.01.
+SAME_TIME = 0.005
 Number = TypeVar("Number", float, Tensor)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def sample_bridge(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None
     """Walk the bridge down the sigmas; a function as the host's samplers are.
 
     Raises:
-        ValueError: when the degraded latent does not fit.
+        ValueError: when the degraded latent does not fit, and when there is no noise.
     """
     given = dict(extra_args or {})
     base, mask = model.inner_model.inner_model, given.pop("denoise_mask", None)
@@ -148,6 +153,7 @@ def sample_bridge(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None
     sampling = base.model_sampling
     flow = is_flow(sampling)
     path = Path(Path(1.0, flow).time(steps[0]), flow)
+    _warn_of_other_times(given.get("model_options", {}), path.t0)
     y, noise = _degraded(model, base, bridge.degraded, x), unit_noise(sampling, _noise(model.noise, bridge.seed)).to(x)
     try:
         given["model_options"] = context_windows(given.get("model_options", {}), base, x, bridge.window, bridge.overlap)
@@ -181,6 +187,14 @@ def _degraded(model: Any, base: Any, degraded: Tensor | None, x: Tensor) -> Tens
     return _finite(LatentCondition("", raw, None, NODE).fitted(x)[:, :-1].to(x), "'degraded'")
 
 
+def _warn_of_other_times(model_options: dict[str, Any], t0: float) -> None:
+    """Say so if prompts were trained on a bridge that begins elsewhere."""
+    for node, trained in trained_times(model_options.get("transformer_options", {})):
+        if abs(trained - t0) > SAME_TIME:
+            log.warning("%s: the prompt of %s was trained from t0 %g, and this run begins at %.3g. Set t0 of Bridge Sigmas to %g if the "
+                        "result is poor.", NODE, node, trained, t0, trained)
+
+
 def _finite(y: Tensor, name: str) -> Tensor:
     if not y.isfinite().all():
         raise ValueError(f"{NODE}: {name} holds NaN or infinite values; if a VAE made them, run it in a higher precision.")
@@ -189,6 +203,9 @@ def _finite(y: Tensor, name: str) -> Tensor:
 
 def _noise(noise: Tensor, seed: int | None) -> Tensor:
     if seed is None:
+        if not noise.any():
+            raise ValueError(f"{NODE}: the noise is all 0, as DisableNoise and add_noise off give it. The bridge begins at the damaged picture "
+                             "under noise; it cannot go on where another sampler stopped. Connect RandomNoise, and all of Bridge Sigmas.")
         return noise
     # One generator a row: a picture gets the same noise alone, in a batch, and as a frame among others.
     return torch.stack([torch.randn(row.shape, generator=torch.Generator().manual_seed(seed)).to(row) for row in noise])

@@ -10,10 +10,14 @@ from torch import Tensor
 import comfy.samplers
 
 from ..model_patches.degraded_picture import ATTACHMENT, Degradation, Space
-from ..model_patches.host import interrupt_point
+from ..model_patches.host import WrappersMP, interrupt_point
+from .guided_model import NODE as POSTERIOR
+from .guided_model import GuidedModel
 from .recurrence import of_round, round_noise
 
 NODE = "Degradation Space Sampler"
+# Keeps the seeds of samples apart from those of rounds of Recurrent Re-noising around them, which count the same seed up.
+SALT = 0x9D2C_5680_EFC6_0000
 # (a sampler, what picture latents are where it samples) -> the sampler to use in its place.
 Around = Callable[[comfy.samplers.Sampler, Callable[[Tensor], Tensor]], comfy.samplers.Sampler]
 
@@ -52,15 +56,16 @@ class DegradationSpaceSampler(comfy.samplers.Sampler):
         start = torch.zeros_like(noise)
         if latent_image is not None and not self.max_denoise(model_wrap, sigmas):
             start = space.residual(latent_image.to(noise))
-        found = torch.zeros_like(noise)
+        found, seed = torch.zeros_like(noise), extra_args.get("seed")
         for index in range(self.samples):
             interrupt_point()
             shown = _showing(callback, space, index, self.samples)
             own, args = noise, extra_args
             if index:
                 # Where the first sample was given no noise the others get none: they start at the same place.
-                own = round_noise(noise, extra_args.get("seed") or 0, index - 1) * (noise != 0)
-                args = of_round(extra_args, sigmas, index - 1)
+                salted = (seed or 0) ^ (index * SALT % 2**64)
+                own = round_noise(noise, salted, 0) * (noise != 0)
+                args = of_round({**extra_args, "seed": None if seed is None else salted}, sigmas, 0)
             found = found + inner.sample(model_wrap, sigmas, args, shown, own, start.clone(), denoise_mask, disable_pbar)
         return space.picture(found / self.samples)
 
@@ -84,16 +89,19 @@ def samples_degradation(sampler: Any) -> bool:
     return any(samples_degradation(part) for part in vars(sampler).values() if isinstance(part, comfy.samplers.Sampler))
 
 
-def demand_degradation_space(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """SAMPLER_SAMPLE wrapper: a model that predicts damage gives garbage to a sampler that takes it for a picture.
+def demand_degradation_space(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """SAMPLER_SAMPLE wrapper: a model that predicts damage gives garbage to samplers and guidance that take it for a picture.
 
     Raises:
         ValueError: when that would happen.
     """
+    if any(isinstance(getattr(wrapper, "__self__", None), GuidedModel) for wrapper in guider.model_patcher.get_all_wrappers(WrappersMP.OUTER_SAMPLE)):
+        raise ValueError(f"Apply Degradation Diffusion: {POSTERIOR} is on this model too. This model predicts damage, and {POSTERIOR} would "
+                         f"decode it as a picture. Take {POSTERIOR} off the way from the model to the sampler.")
     if not samples_degradation(executor.class_obj):
         raise ValueError("Apply Degradation Diffusion: this model predicts damage, and the sampler takes it for a picture. Put Degradation "
                          "Space Sampler behind the sampler, and sample with SamplerCustom or SamplerCustomAdvanced.")
-    return executor(*args, **kwargs)
+    return executor(guider, *args, **kwargs)
 
 
 def _showing(callback: Callable | None, space: Space, index: int, samples: int) -> Callable | None:

@@ -10,6 +10,8 @@ from ..degradations.recipe import REAL_ESRGAN, Recipe
 from .seeding import mixed
 
 REAL_ESRGAN_WORDS = ("blurry", "noisy", "compressed", "low resolution")
+# What a degradation leaves beside what it is named for: dark exposures are noisy too.
+ASIDE = {"low light": ("noisy",)}
 
 
 def charts(recipe: Recipe, recipes: Sequence[Recipe], seed: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +23,8 @@ def charts(recipe: Recipe, recipes: Sequence[Recipe], seed: int, side: int) -> t
 
     Args:
         recipe: of the sample.
-        recipes: among which one that shares no word with it is drawn for the third; the clean chart stands for it where there is none.
+        recipes: among which one that has nothing in common with it is drawn for the third; the clean chart stands for it where there is
+            none.
         seed: that the recipe was applied to the sample with.
         side: of the chart, in pixels.
     """
@@ -42,5 +45,9 @@ def stacked(rows: list[Tensor | None]) -> Tensor | None:
 
 
 def _words(recipe: Recipe) -> set[str]:
-    """All words that a recipe's degradations may leave."""
-    return {word for step in recipe.steps for word in (REAL_ESRGAN_WORDS if step.kind == REAL_ESRGAN else OPERATORS[step.kind].words)}
+    """All words that a recipe's degradations may leave, or that would be true of what they leave."""
+    return {word for step in recipe.steps for word in (*_named(step.kind), *ASIDE.get(step.kind, ()))}
+
+
+def _named(kind: str) -> tuple[str, ...]:
+    return REAL_ESRGAN_WORDS if kind == REAL_ESRGAN else OPERATORS[kind].words

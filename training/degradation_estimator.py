@@ -13,6 +13,7 @@ from ..degradations.scales import SCALES, WEAKEST, Scale, from_json, recipe_of, 
 from ..degradations.seeding import chance, uniform
 from ..degradations.visual_ground import visual_ground
 from ..model_patches import degradation_tokenizer as tokenizer
+from ..model_patches.config_values import whole_number
 from ..model_patches.degradation_estimator import BANK, NETWORK, EstimatorNetwork, check_fit, level_counts, new_weights
 from ..model_patches.host import torch_device, trained_operations
 from ..model_patches.weights_file import Weights, load_weights, part_of
@@ -50,9 +51,10 @@ def estimator_from_config(config: Mapping[str, Any]) -> Weights:
     Raises:
         ValueError: for other entries, or a file that is no tokenizer.
     """
-    if config.keys() - {"tokenizer", "seed"} or not isinstance(config.get("tokenizer"), str):
-        raise ValueError(f"a new degradation estimator takes tokenizer (the file of a trained degradation tokenizer) and seed; found "
-                         f"{dict(config)}.")
+    whole = isinstance(config.get("tokenizer"), str) and whole_number(config.get("seed", 0))
+    if config.keys() - {"tokenizer", "seed"} or not whole:
+        raise ValueError(f"a new degradation estimator takes tokenizer (the file of a trained degradation tokenizer) and seed (a whole "
+                         f"number); found {dict(config)}.")
     return new_estimator(load_weights(Path(config["tokenizer"]).expanduser()), config.get("seed", 0), "a new degradation estimator")
 
 

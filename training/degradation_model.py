@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import autocast
 
 from ..model_patches import degradation_tokenizer as tokenizer
+from ..model_patches.config_values import one_of, whole_number
 from ..model_patches.degradation_condition import DegradationCondition, folded
 from ..model_patches.degradation_model import (
     BRIDGES,
+    CHOICES,
     DEVIATION,
     INSTRUCTIONS,
     KIND,
@@ -20,11 +23,13 @@ from ..model_patches.degradation_model import (
     DegradationPatch,
     check_cell,
     check_fit,
+    model_change,
     new_weights,
     tokenizer_of,
 )  # fmt: skip
 from ..model_patches.degraded_picture import ATTACHMENT, FORMS, Degradation, DegradedPicture, Residuals
-from ..model_patches.diffusion_adapter import DiffusionAdapter, lora_tensors
+from ..model_patches.diffusion_adapter import lora_tensors
+from ..model_patches.fine_tune import FineTune
 from ..model_patches.host import for_training, interrupt_point, is_flow, trained_operations
 from ..model_patches.host import sample_with as host_sample
 from ..model_patches.irb import SIZES
@@ -38,27 +43,31 @@ if TYPE_CHECKING:
     from .feed import Pairs
 
 CLEAN, OTHER = 0.1, 0.1
+# How many of a flow's times are uniform.
+EVEN = 0.5
+GATE_RATE, FINE_TUNE_RATE = 10.0, 0.1
+# Damage this much smaller than the mean one (10 dB) counts by its part that is left; weaker damage less and less, since a VAE's own error
+# comes near it.
+FLOOR = 0.1
 MEASURED = 64
 MEASURED_AT_ONCE = 4
 VALIDATION_STEPS = 8
 
 
 def new_model(models: Models, config: Mapping[str, Any]) -> Weights:
-    """Make fresh weights from {"tokenizer": file, "form", "size", "rank", "seed"}, of which all but the file may be left out.
+    """Make fresh weights from {"tokenizer": file, "form", "size", "rank", "seed", "fine_tune"}, of which all but the file may be left out.
 
     `bridge` and `instruction` are there to compare with (BRIDGES, INSTRUCTIONS).
 
     Raises:
         ValueError: for other entries, and for missing models or files.
     """
-    given = {"form": "latent", "size": "full", "rank": 16, "seed": 0, "bridge": BRIDGES[0], "instruction": INSTRUCTIONS[0]} | dict(config)
-    choices = {"form": FORMS, "size": SIZES, "bridge": BRIDGES, "instruction": INSTRUCTIONS}
-    unknown = sorted(given.keys() - {*choices, "rank", "seed", "tokenizer"})
-    known = not unknown and all(given[name] in options for name, options in choices.items())
-    whole = all(isinstance(given[name], int) and given[name] >= 0 for name in ("rank", "seed"))
+    given = {"form": "latent", "size": "full", "rank": 16, "seed": 0, "fine_tune": False, "bridge": BRIDGES[0], "instruction": INSTRUCTIONS[0]} | dict(config)
+    known = not given.keys() - {*CHOICES, "rank", "seed", "fine_tune", "tokenizer"} and all(one_of(given[name], options) for name, options in CHOICES.items())
+    whole = all(whole_number(given[name]) for name in ("rank", "seed")) and isinstance(given["fine_tune"], bool)
     if not known or not whole or not isinstance(given.get("tokenizer"), str):
         raise ValueError(f"a new degradation model takes tokenizer (a file), form ({', '.join(FORMS)}), size ({', '.join(SIZES)}), rank "
-                         f"and seed (whole numbers); found {dict(config)}.")
+                         f"and seed (whole numbers) and fine_tune (true or false); found {dict(config)}.")
     if models.model is None:
         raise ValueError("a new degradation model needs a model.")
     codes = load_weights(Path(given.pop("tokenizer")).expanduser())
@@ -67,11 +76,16 @@ def new_model(models: Models, config: Mapping[str, Any]) -> Weights:
 
 
 class ResidualDenoising(Denoising):
-    """Measures errors as those of v, whatever the model predicts; flows have a velocity already.
+    """Measures errors as those of v, whatever the model predicts, and sees flows near full noise as often as elsewhere.
 
     The picture tells most of a residual at any noise level. An error of eps counts one of y0 at full noise by 1 / sigma^2, next to nothing,
-    and smooth damage such as haze is decided there.
+    and smooth damage such as haze is decided there, where logit-normal times hardly ever come.
     """
+
+    def draw_flow_time(self, generator: torch.Generator) -> Tensor:
+        """Return a uniform time for half of the samples."""
+        even = float(torch.rand((), generator=generator)) < EVEN
+        return torch.rand((), generator=generator) if even else super().draw_flow_time(generator)
 
     def error(self, x: Tensor, sigma: Tensor, z0: Tensor, texts: Sequence[str], extra: dict[str, Tensor]) -> Tensor:
         """Return how far the prediction for x (B, ...) at sigma (B,) is from z0."""
@@ -101,7 +115,7 @@ class DegradationTrainee:
         self.kind, self.family, self.config = KIND, weights.family, weights.config
         check_cell(self.config["cell"], models.vae, NODE)
         self.network = DegradationNetwork(self.plan, self.config, trained_operations)
-        self.lora = DiffusionAdapter(models.model.model, self.config["rank"]) if self.config["rank"] else None
+        self.change = model_change(models.model.model, self.config)
         self.codes = tokenizer_of(weights)
         size = tokenizer.SIZES[self.codes.config["size"]]
         self.encoder = tokenizer.TokenEncoder(size, trained_operations)
@@ -115,10 +129,16 @@ class DegradationTrainee:
         self.load_state_dict(weights.tensors)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the network's parameters, then the LoRA's."""
-        for part in (self.network, self.lora):
+        """Yield the network's parameters, then those of the LoRA or the fine-tune."""
+        for part in (self.network, self.change):
             if part is not None:
                 yield from part.parameters()
+
+    def rate_factors(self) -> list[float]:
+        """Gates of attentions are one number for a whole channel, and have further to go than a layer's many weights; a fine-tune is slow."""
+        whole = FINE_TUNE_RATE if isinstance(self.change, FineTune) else 1.0
+        own = [GATE_RATE if name.endswith(".gate") else 1.0 for name, _ in self.network.named_parameters()]
+        return [*own, *(whole for _ in (self.change.parameters() if self.change is not None else ()))]
 
     @contextmanager
     def attach(self, models: Models) -> Iterator[None]:
@@ -130,7 +150,7 @@ class DegradationTrainee:
         DegradationPatch(self.network, self.plan, self.condition).attach(patched)
         self.denoising = ResidualDenoising(models, patched)
         self.encoder.to(patched.load_device)
-        with self.denoising.learning(self.network, self.lora):
+        with self.denoising.learning(self.network, self.change):
             yield
 
     def prepare(self, pairs: "Pairs", seed: int) -> None:
@@ -147,6 +167,13 @@ class DegradationTrainee:
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, float]]:
         """Denoise the residual, told the picture and an instruction for its damage, for another one, or for none."""
+        with autocast(self.models.model.load_device.type, enabled=False):
+            target, weights, texts, extra = self._sample(batch, generators)
+        loss = self.denoising.loss(target, texts, generators, extra, weights=weights)
+        return loss, {"denoising": float(loss.detach())}
+
+    def _sample(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor | None, list[str], dict[str, Tensor]]:
+        """Return what is to be found, how much it counts, and what is told; in full precision, as latents and codes are in use."""
         c_lq = self._encode(batch.degraded)
         y0 = self.residuals(batch.degraded, batch.clean, c_lq).to(c_lq) / self.deviation
         nothing = c_lq if self.config["form"] == "picture" else torch.zeros_like(y0)
@@ -156,8 +183,8 @@ class DegradationTrainee:
         target = torch.stack([y0[row] if kind == "own" else nothing[row] for row, kind in enumerate(kinds)])
         texts = [batch.words[row] if words and kind == "own" else "" for row, kind in enumerate(kinds)]
         tokens = None if words else self._tokens(batch, kinds)
-        loss = self.denoising.loss(target, texts, generators, self._extra(batch.degraded, c_lq, tokens))
-        return loss, {"denoising": float(loss.detach())}
+        weights = None if self.config["form"] == "picture" else damage_weights(y0)
+        return target, weights, texts, self._extra(batch.degraded, c_lq, tokens)
 
     @torch.no_grad()
     def validate(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
@@ -191,14 +218,14 @@ class DegradationTrainee:
         """Return the weights as they stand in a file."""
         tensors = {NETWORK + name: tensor for name, tensor in self.network.state_dict().items()}
         tensors |= self.frozen | {DEVIATION: torch.tensor(self.deviation)}
-        return tensors | (self.lora.native() if self.lora is not None else {})
+        return tensors | (self.change.native() if self.change is not None else {})
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_dict` returned."""
         self.network.load_state_dict(part_of(tensors, NETWORK))
         self.deviation = float(tensors[DEVIATION])
-        if self.lora is not None:
-            self.lora.load_native(lora_tensors(tensors))
+        if self.change is not None:
+            self.change.load_native(lora_tensors(tensors))
 
     def instruction(self, degraded_chart: Tensor, chart: Tensor) -> Tensor:
         """Return tokens (B, N, width) of charts (B, side, side, 3)."""
@@ -220,6 +247,15 @@ class DegradationTrainee:
         """What an evaluation in training is given of the degraded pictures and of the instruction."""
         seen = folded(pictures.to(c_lq.device), c_lq, self.config["cell"])
         return {self.condition.key: seen} | ({} if tokens is None else {self.condition.tokens_key: tokens})
+
+
+def damage_weights(y0: Tensor) -> Tensor:
+    """Return how much samples count, by the damage (B, ...) that their pictures have: 1 for the mean one.
+
+    Residuals of low light have nearly a hundred times the square of those of JPEG. Divided by its own square, an error is the part of the
+    damage that is left, which is what dB count, and tasks are worth the same. Samples that are told of nothing count as their picture does.
+    """
+    return (1 + FLOOR) / (y0.flatten(1).square().mean(1) + FLOOR)
 
 
 def _row(batch: Batch, row: int) -> Batch:

@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from ..degradations.visual_ground import visual_ground
 from ..model_patches import folders
+from ..model_patches.config_values import one_of, whole_number
 from ..model_patches.degradation_tokenizer import SIZES, TokenizerNetwork, check_fit, nearest, new_weights
 from ..model_patches.host import torch_device, trained_operations
 from ..model_patches.perceptual import Perceptual, vgg16_weights
@@ -40,9 +41,10 @@ def new_tokenizer(config: Mapping[str, Any]) -> Weights:
         ValueError: for other entries or sizes.
     """
     given = {"size": "full", "adversarial": True, "seed": 0} | dict(config)
-    if given.keys() - {"size", "adversarial", "seed"} or given["size"] not in SIZES or not isinstance(given["adversarial"], bool):
-        raise ValueError(f"a new degradation tokenizer takes size ({', '.join(SIZES)}), adversarial (true or false) and seed; found "
-                         f"{dict(config)}.")
+    whole = one_of(given["size"], SIZES) and isinstance(given["adversarial"], bool) and whole_number(given["seed"])
+    if given.keys() - {"size", "adversarial", "seed"} or not whole:
+        raise ValueError(f"a new degradation tokenizer takes size ({', '.join(SIZES)}), adversarial (true or false) and seed (a whole "
+                         f"number); found {dict(config)}.")
     size = SIZES[given["size"]]
     count = -(-4 * size.codes * size.cell**2 // size.chart**2)
     charts = torch.cat([visual_ground(mixed(given["seed"], "codes", index), size.chart) for index in range(count)])

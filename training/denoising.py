@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_patches.diffusion_adapter import DiffusionAdapter
+from ..model_patches.fine_tune import FineTune
 from ..model_patches.host import (
     batched_conds,
     encode_pictures,
@@ -47,12 +48,12 @@ class Denoising:
         return self.encoded[text]
 
     @contextmanager
-    def learning(self, network: nn.Module | None, lora: DiffusionAdapter | None = None) -> Iterator[None]:
-        """Have a network and a LoRA learn on the model for as long as the context is open: on its device, the LoRA in its layers."""
-        for part in (network, lora):
+    def learning(self, network: nn.Module | None, change: DiffusionAdapter | FineTune | None = None) -> Iterator[None]:
+        """Have a network learn on the model for as long as the context is open, on its device, and a LoRA or a fine-tune in its layers."""
+        for part in (network, change):
             if part is not None:
                 part.to(self.patched.load_device)
-        with nullcontext() if lora is None else lora.hooked(self.patched.model), unshared_norm_inputs(self.patched.model.diffusion_model):
+        with nullcontext() if change is None else change.hooked(self.patched.model), unshared_norm_inputs(self.patched.model.diffusion_model):
             yield
 
     def encode(self, pictures: Tensor) -> Tensor:
@@ -85,28 +86,34 @@ class Denoising:
         return torch.cat(parts)
 
     def loss(self, z0: Tensor, texts: Sequence[str], generators: Sequence[torch.Generator], extra: dict[str, Tensor],
-             absolute: bool = False) -> Tensor:
+             absolute: bool = False, weights: Tensor | None = None) -> Tensor:
         """Return the mean square error of the model's own output (eps, v or velocity), at noise levels drawn as its family is trained.
 
         Args:
             z0: (B, ...) clean latents as the model sees them.
             generators: one a sample.
             absolute: mean absolute error instead.
+            weights: (B,) how much each sample counts; None for all alike.
         """
         sigma = torch.stack([self.draw_sigma(generator) for generator in generators]).to(z0)
         noise = torch.stack([torch.randn(row.shape, generator=generator).to(row) for row, generator in zip(z0, generators)])
         x = self.sampling.noise_scaling(sigma.reshape(-1, *[1] * (z0.ndim - 1)), noise, z0)
         error = self.error(x, sigma, z0, texts, extra)
-        return error.abs().mean() if absolute else error.square().mean()
+        each = error.abs() if absolute else error.square()
+        return each.mean() if weights is None else (each.flatten(1).mean(1) * weights.to(each)).mean()
 
     def error(self, x: Tensor, sigma: Tensor, z0: Tensor, texts: Sequence[str], extra: dict[str, Tensor]) -> Tensor:
         """Return how far the model's own output for x (B, ...) at sigma (B,) is from the one that leads to the clean latents z0."""
         return (self.x0(x, sigma, texts, extra) - z0) / output_slope(self.sampling, sigma, z0)
 
+    def draw_flow_time(self, generator: torch.Generator) -> Tensor:
+        """Logit-normal (arXiv 2403.03206)."""
+        return torch.sigmoid(torch.randn((), generator=generator))
+
     def draw_sigma(self, generator: torch.Generator) -> Tensor:
-        """Uniform timesteps of the discrete schedule, or logit-normal times of a flow under the model's own shift (arXiv 2403.03206)."""
+        """Uniform timesteps of the discrete schedule, or times of a flow under the model's own shift."""
         if is_flow(self.sampling):
-            time = torch.sigmoid(torch.randn((), generator=generator)).clamp(SMALLEST_FLOW_TIME, 1)
+            time = self.draw_flow_time(generator).clamp(SMALLEST_FLOW_TIME, 1)
         else:
             time = torch.randint(0, 1000, (), generator=generator) / 999
         # At both ends the host answers with what no schedule reaches: 0, where noise and loss have no size, and 999999999.9.

@@ -18,7 +18,7 @@ from ..model_patches import folders
 from ..model_patches.daem import SIZES, DetailExperts
 from ..model_patches.detail_decoder import ExpertRun
 from ..model_patches.detail_experts import DAEM, LARGEST_WINDOW, LATENTS, SIGNATURE, WINDOW_STEP, check_fit, new_weights
-from ..model_patches.experts import KERNELS, balance
+from ..model_patches.experts import DEVIATION, KERNELS, balance
 from ..model_patches.host import float_copy, trained_operations
 from ..model_patches.perceptual import Perceptual, vgg16_weights
 from ..model_patches.vae_sites import skips
@@ -29,6 +29,8 @@ from .trainee import NODE, Batch, Models
 SSIM_WEIGHT, BALANCE_WEIGHT, SSIM_WINDOW = 0.2, 0.01, 11
 # Latents are never quite clean: a restorer's differ by noise of up to this part of their deviation.
 LATENT_NOISE = 0.1
+# The steps in which the routers' noise falls to half, and what remains of it.
+CALMER_AFTER, LEAST_DEVIATION = 300, 0.02
 # What a mix leaves in at most, and the cells about each that its fine structure is told apart from.
 MOST_LEFT, AROUND = 0.5, 5
 DEFAULTS = {"size": "full", "window": 128, "seed": 0, "latents": "mix", "perceptual": 0.5}
@@ -69,6 +71,11 @@ class DetailExpertsTrainee:
         self.signature = weights.tensors[SIGNATURE]
         self.network = DetailExperts(self.anatomy.sites, self.config["size"], self.config["window"], trained_operations)
         self.load_state_dict(weights.tensors)
+        self.deviation = DEVIATION
+
+    def at_step(self, step: int) -> None:
+        """Choose with less and less noise. Under noise experts take turns whatever routers say, and balance asks for no more than that."""
+        self.deviation = max(LEAST_DEVIATION, DEVIATION * 0.5 ** (step / CALMER_AFTER))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the experts' parameters."""
@@ -130,7 +137,8 @@ class DetailExpertsTrainee:
         """Return unclamped pictures (B, 3, H, W) and who worked on them; with generators, routing is as random as in training."""
         with torch.no_grad():
             seen = skips(self.module, self.vae.process_input(self._pixels(degraded)))
-        run = ExpertRun(self.network, seen, noise=None if generators is None else _noise(generators, self.device))
+        noise = None if generators is None else _noise(generators, self.device)
+        run = ExpertRun(self.network, seen, noise=noise, deviation=self.deviation)
         with run.behind(self.module, self.anatomy.sites):
             return self.module.decode(latents) / 2 + 0.5, run
 
@@ -148,9 +156,15 @@ class DetailExpertsTrainee:
         error, unlike = F.l1_loss(restored, clean), 1 - ssim(restored, clean, SSIM_WINDOW).mean()
         loss, figures = error + SSIM_WEIGHT * unlike, {"l1": float(error.detach()), "ssim": 1 - float(unlike.detach())}
         if self.perceptual is not None:
-            distance = self.perceptual(restored, clean)
+            distance = self._unlikeness(restored, clean)
             loss, figures["perceptual"] = loss + self.config["perceptual"] * distance, float(distance.detach())
         return loss, figures
+
+    def _unlikeness(self, restored: Tensor, clean: Tensor) -> Tensor:
+        """The perceptual distance in parts of what the clean pictures' features hold, since each VAE's latents have a size of their own."""
+        with torch.no_grad():
+            target = self.perceptual.features(clean)
+        return self.perceptual.to_features(restored, target) / target.square().mean()
 
     def _perceptual(self) -> Perceptual:
         folders.register()  # where no nodes are loaded nobody has

@@ -89,9 +89,9 @@ class FusionTrainee(RestorationAdapterTrainee):
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, float]]:
         """Denoise the clean latent beside the degraded picture: mean absolute error of the model's own output."""
         texts = []
-        for caption, words, generator in zip(batch.captions, batch.words, generators):
+        for caption, generator in zip(batch.captions, generators):
             dropped = float(torch.rand((), generator=generator)) < TEXT_DROP
-            texts.append("" if dropped else caption or words)
+            texts.append("" if dropped else caption)
         e = self.network.embed(self._features(batch.degraded))
         extra = {self.condition.key: torch.cat([e, torch.ones_like(e[:, :1])], 1)}
         loss = self.denoising.loss(self.denoising.encode(batch.clean), texts, generators, extra, absolute=True)

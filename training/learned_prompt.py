@@ -25,6 +25,8 @@ from .trainee import NODE, Batch, Models
 
 # The alphas multiply whole tokens: they need steps of their own size.
 ALPHA_RATE = 10.0
+# FLUX's texts have as many tokens at least, unless somebody asks for fewer; what is more than a prompt has is cut where it is attached.
+FLUX_TOKENS = 256
 VALIDATION_STEPS = 8
 
 
@@ -171,7 +173,7 @@ class LearnedPromptTrainee(BridgeTrainee):
     def _hang(self, models: Models, patched: Any) -> Denoising:
         self.hooks = attach_prompt(patched, self.prompt, node=NODE)
         if anatomy_of(patched.model).kind == "flux":
-            models = replace(models, clip=with_text_length(models.clip, self.prompt.length))
+            models = replace(models, clip=with_text_length(models.clip, max(FLUX_TOKENS, self.prompt.length)))
         return Denoising(models, patched)
 
     def _let_go(self) -> None:

@@ -1,10 +1,12 @@
 """What changes while a run goes on: weights, optimiser, schedule, moving average, figures; how it becomes a checkpoint and comes back."""
 
+import importlib
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,11 +42,10 @@ class State:
 
     Raises:
         ValueError: when there is nothing to train.
+        TrainingError: when diffusers is not installed.
     """
 
     def __init__(self, trainee: Trainee, settings: Settings) -> None:
-        from diffusers.optimization import get_scheduler
-
         self.trainee, self.settings = trainee, settings
         self.parameters = list(trainee.parameters())
         if not self.parameters:
@@ -52,6 +53,7 @@ class State:
         groups = _groups(self.parameters, _rate_factors(trainee, self.parameters), settings.rate)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=settings.betas, weight_decay=settings.weight_decay)
         name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+        get_scheduler = _of_diffusers("optimization").get_scheduler
         self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=settings.warmup, num_training_steps=settings.steps)
         self.average = _average(self.parameters, settings.ema)
         self.step, self.seconds = 0, 0.0
@@ -137,9 +139,19 @@ class State:
 def _average(parameters: list[torch.nn.Parameter], decay: float) -> "EMAModel | None":
     if decay == 0:
         return None
-    from diffusers.training_utils import EMAModel
+    return _of_diffusers("training_utils").EMAModel(parameters, decay=decay)
 
-    return EMAModel(parameters, decay=decay)
+
+def _of_diffusers(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"diffusers.{module}")
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise TrainingError(
+            "the Python package diffusers is not installed, and training needs it. Run 'pip install diffusers' with the Python that runs "
+            "ComfyUI, then start ComfyUI and this training again."
+        ) from error
 
 
 def _rate_factors(trainee: Trainee, parameters: list[torch.nn.Parameter]) -> list[float]:

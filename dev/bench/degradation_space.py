@@ -60,10 +60,12 @@ METHODS: dict[str, dict[str, str]] = {
     DEGRADED: {"form": "latent", "instruction": "degraded"}, CONCATENATION: {"form": "latent", "bridge": "concatenation"},
 }
 ON_DIT = (LATENT, PIXEL, IMAGE)
+# The forms that may be published.
+FORMS = {"latent": LATENT, "pixel": PIXEL}
 
 
 def training_recipes() -> list[Recipe]:
-    """The tasks at several strengths, so that the chart has something to tell."""
+    """The tasks at several strengths, so that the chart has something to tell, and haze with noise upon it, which no sum of both is."""
     settings: dict[str, list[dict[str, Any]]] = {
         "gaussian noise": [{"sigma": sigma} for sigma in (15, 25, 35, 50)],
         "blur": [{}],
@@ -72,9 +74,13 @@ def training_recipes() -> list[Recipe]:
         "rain": [{"rain": rain} for rain in (0.35, 0.5, 0.7)],
         "jpeg": [{"quality": quality} for quality in (10, 20)],
     }
+    tasks = [[Recipe((Step.of(kind, variant),)) for variant in variants] for kind, variants in settings.items()]
+    tasks.append([
+        Recipe((Step.of("haze", {"density": density}), Step.of("gaussian noise", {"sigma": sigma})))
+        for density, sigma in ((0.8, 35), (1.2, 15), (1.2, 25), (1.6, 25))
+    ])  # fmt: skip
     # A recipe is drawn with equal chances: every task counts the same.
-    times = {kind: 12 // len(variants) for kind, variants in settings.items()}
-    return [Recipe((Step.of(kind, variant),)) for kind, variants in settings.items() for variant in variants for _ in range(times[kind])]
+    return [recipe for variants in tasks for recipe in variants for _ in range(12 // len(variants))]
 
 
 @dataclass(frozen=True)
@@ -147,11 +153,13 @@ class Way:
     Attributes:
         told: what the instruction shows: "true", "null", "blind", or a degradation or several with commas.
         samples, cfg: of the sampler and the instruction.
+        steps: of Euler; one gives the mean of all damage that the picture may have, E[y0 | LQ].
     """
 
     told: str = "true"
     samples: int = 1
     cfg: float = 1.0
+    steps: int = SAMPLING_STEPS
 
 
 def instruction(lab: Lab, trainee: DegradationTrainee, picture: Tensor, degradation: str, way: Way, estimator: Weights | None) -> Tensor:
@@ -175,7 +183,7 @@ def restore(lab: Lab, trainee: DegradationTrainee, picture: Tensor, degradation:
     text = words if trainee.config["instruction"] == "words" and way.told == "true" else ""
     if trainee.config["instruction"] != "words":
         tokens = instruction(lab, trainee, picture, degradation, way, estimator).float()
-    return trainee.restored(picture, tokens, text, noise, SAMPLING_STEPS, way.samples, way.cfg)
+    return trainee.restored(picture, tokens, text, noise, way.steps, way.samples, way.cfg)
 
 
 def evaluated(lab: Lab, trainee: DegradationTrainee, degradation: str, way: Way, options: argparse.Namespace,
@@ -228,7 +236,8 @@ class Table:
                 found = evaluated(self.lab, trainee, degradation, way, self.options, self.estimator)
             return {**found, "parameters": sum(p.numel() for p in trainee.parameters())}
 
-        key = "|".join([run.name, degradation, str(way), str(self.options.scenes), str(self.options.seeds)])
+        name = f"{run.prior} {self.given[method].name}" if method in self.given else run.name
+        key = "|".join([name, degradation, str(way), str(self.options.scenes), str(self.options.seeds)])
         return {"method": method + (f", {label}" if label else ""), "degradation": degradation, "prior": self.lab.prior, **self.results.get(key, make)}
 
     def rows(self) -> list[dict[str, Any]]:
@@ -249,6 +258,7 @@ class Table:
         rows += [self.row(method, name, Way(_other(name)), f"told of {_other(name)}") for name in TASKS]
         if method == IMAGE:
             return rows
+        rows += [self.row(method, name, Way(steps=1), "one step") for name in (*TASKS, COMPOSITE)]
         rows += [self.row(method, name, Way(samples=4), "mean of 4 samples") for name in TASKS]
         rows += [self.row(method, name, Way(cfg=1.5), "instruction cfg 1.5") for name in TASKS]
         rows += [self.row(method, COMPOSITE, Way(told), f"told of {told}") for told in (COMPOSITE, "haze", "noise 25")]
@@ -258,8 +268,8 @@ class Table:
 
 
 def _other(degradation: str) -> str:
-    """A mismatched instruction: what has no word in common with it."""
-    return "haze" if degradation.startswith(("noise", "blur", "rain", "JPEG")) else "noise 50"
+    """A mismatched instruction: for something that the picture has nothing of. Low light is noisy too."""
+    return "noise 50" if degradation == "haze" else "haze"
 
 
 def tokenizer_weights() -> Weights:
@@ -272,7 +282,7 @@ def tokenizer_weights() -> Weights:
         if file.is_file() and (weights := load_weights(file)).kind == TOKENIZER:
             check_fit(weights, "bench")
             return weights
-    raise SystemExit("There is no trained degradation tokenizer in lab/trained yet. Train it first.")
+    raise SystemExit("There is no trained degradation tokenizer in lab/trained yet. Run `python dev bench degradation_tokenizer --publish` first.")
 
 
 def estimator_weights() -> Weights | None:
@@ -284,7 +294,7 @@ def estimator_weights() -> Weights | None:
 def published(prior: str) -> dict[str, Weights]:
     """The pack's own degradation models for a prior, in full precision."""
     found = {}
-    for form, method in (("latent", LATENT), ("pixel", PIXEL)):
+    for form, method in FORMS.items():
         file = _file(prior, form)
         if file.exists():
             weights = load_weights(file)
@@ -292,15 +302,16 @@ def published(prior: str) -> dict[str, Weights]:
     return found
 
 
-def publish(lab: Lab, steps: int) -> None:
-    """Store trained weights in half precision where the pack's own weights lie."""
-    for form, method in (("latent", LATENT), ("pixel", PIXEL)):
-        trainee = lab.trained(Run(lab.prior, method, steps))
+def publish(lab: Lab, steps: int, forms: list[str]) -> None:
+    """Train, or go on, and store the weights in half precision where the pack's own lie."""
+    for form in forms:
+        trainee = lab.trained(Run(lab.prior, FORMS[form], steps))
         tensors = {name: tensor.detach().half() if tensor.ndim else tensor for name, tensor in trainee.state_dict().items()}
         assert float(tensors[DEVIATION]) > 0
         file = _file(lab.prior, form)
         file.unlink(missing_ok=True)
         save_weights(Weights(KIND, trainee.family, trainee.config, tensors), file)
+        report.say(f"{file.name}: {steps} steps")
 
 
 def _file(prior: str, form: str) -> Path:
@@ -310,7 +321,7 @@ def _file(prior: str, form: str) -> Path:
 COLUMNS = ("method", "degradation", "prior", "n", "seeds", "parameters", "psnr", "psnr_std", "ssim", "haarpsi", "to_input", "to_encoded_input", "seconds")
 INTRODUCTION = """## Diffusion in the degradation space: `python dev bench degradation_space`
 
-A small-scale reproduction on the lab prior (lab/README.md). Every model learned all tasks at once ({tasks}; several strengths each), {steps} steps of
+A small-scale reproduction on the lab prior (lab/README.md). Every model learned all tasks at once ({tasks}, and haze with noise upon it; several strengths each), {steps} steps of
 {batch} crops of {crop} px, at one learning rate of {rate:g}, with LoRA of rank {rank}. Restored from pure noise with {sampling} Euler steps,
 no prompt. The chart of the instruction is one that no training drew; its damage is of the same strength as the picture's, with other noise. Four scenes, {seeds} seed(s); PSNR in dB.
 to_input is the PSNR of the result to the damaged picture, to_encoded_input to that picture through the VAE: how much nothing was done.
@@ -336,7 +347,7 @@ def ceiling_rows(lab_vae: Any, options: argparse.Namespace, results: report.Resu
 
 
 def main() -> None:
-    """Print the ceilings, train, evaluate, print, and write the evidence of a full run."""
+    """Print the ceilings, train, evaluate, print, and write the evidence of a full run; or train what is published."""
     parser = argparse.ArgumentParser(prog="python dev bench degradation_space", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="ceilings and the committed weights on coffee, one seed")
     parser.add_argument("--json", action="store_true", help="end with the rows as one line of JSON")
@@ -344,8 +355,14 @@ def main() -> None:
     parser.add_argument("--prior", nargs="+", default=["unet", "dit"], choices=["unet", "dit"])
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of every run")
-    parser.add_argument("--publish", action="store_true", help="store the trained models as the pack's own weights")
+    parser.add_argument("--publish", nargs="+", choices=list(FORMS), metavar="FORM",
+                        help="train these forms only (latent, pixel), store them as the pack's own weights, and stop")
     options = parser.parse_args()
+    if options.publish:
+        codes = tokenizer_weights()
+        for prior in options.prior:
+            publish(Lab(prior, codes), options.steps, options.publish)
+        return
     options.scenes, options.seeds = (("coffee",), SEEDS[:1]) if options.quick else (tuple(SCENES), SEEDS[:options.seeds])
     results = report.Results(_results_file(options))
     rows = ceiling_rows(load_lab_prior(options.prior[0])[2], options, results)
@@ -362,8 +379,6 @@ def main() -> None:
             rows += own
             tables.append(report.markdown(own, COLUMNS))
             report.say(tables[-1])
-            if options.publish and not options.quick:
-                publish(lab, options.steps)
         if not options.quick:
             write_evidence(tables, options)
     if options.json:

@@ -1,6 +1,7 @@
 """Detail experts on the lab's VAE: what they add to a plain decode, after which restorer, how they share the work, and what they cost.
 
-The rows belong to `python dev bench unildiff`; `python -m` of this module trains the experts alone.
+`python dev bench detail_experts` trains the experts alone and measures them on latents of clean photographs. What they add after restorers, and
+what others reach with their budget, are rows of `python dev bench unildiff`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ from .nafnet import NAFNetTrainee  # noqa: E402
 from .scenes import SCENES  # noqa: E402
 from .zero_shot import Prior, restore  # noqa: E402
 
-SIZE, WINDOW, CROP, BATCH, RATE, STEPS = "full", 64, 96, 4, 1e-3, 1500
+# Crops of one window: what is learned is what a window does, and no time goes into fading.
+SIZE, WINDOW, CROP, BATCH, RATE, STEPS = "lite", 64, 64, 8, 1e-3, 1500
+SEEDS = (0, 1, 2)
 TRAINED = report.PACK / "lab" / "trained"
 FILE = TRAINED / "detail_experts.safetensors"
 EXPERTS, WITHOUT_LATENT, NAFNET = "DAEM", "DAEM, latent zeroed", "NAFNet on LQ alone"
@@ -134,7 +137,7 @@ class Memory:
 
 
 def rows(results: report.Results, models: Models, trainee: DetailExpertsTrainee, source: str, latents: dict[str, Latents], scenes: Sequence[str],
-         seeds: Sequence[int]) -> list[dict[str, Any]]:
+         seeds: Sequence[int], made_by: str = "") -> list[dict[str, Any]]:
     """Decode the latents of a restorer plainly and with experts: two rows for every task.
 
     Args:
@@ -144,13 +147,14 @@ def rows(results: report.Results, models: Models, trainee: DetailExpertsTrainee,
         source: what to call the restorer.
         latents: by task.
         scenes, seeds: what to measure.
+        made_by: what the latents depend on besides, for the names of rows.
     """
     found, digest = [], _digest(trainee)
     for task, make in latents.items():
-        make = Memory(make)
-        plain = results.get(f"{source}|plain decode|{task}|{scenes}|{seeds}",
+        make, of = Memory(make), f"{task}|{scenes}|{seeds}|{fusion.recipes_digest()}|{made_by}"
+        plain = results.get(f"{source}|plain decode|{of}",
                             lambda: evaluated(lambda picture, seed: _plain(models, make(picture, seed)), task, scenes, seeds))
-        with_experts = results.get(f"{source}|{EXPERTS}|{task}|{scenes}|{seeds}|{digest}",
+        with_experts = results.get(f"{source}|{EXPERTS}|{of}|{digest}",
                                    lambda: evaluated(lambda picture, seed: trainee.restored(make(picture, seed), picture).cpu(), task, scenes, seeds))
         for decode, row in (("plain", plain), (EXPERTS, with_experts)):
             found.append({"method": source, "decode": decode, "task": task, "gain": row["psnr"] - plain["psnr"], **row})
@@ -161,7 +165,8 @@ def alone_rows(results: report.Results, models: Models, steps: int, scenes: Sequ
     """What the same budget gives without a latent: experts that get zeros, and a NAFNet of their size."""
     found = []
     for method in (WITHOUT_LATENT, NAFNET):
-        keys = {task: f"{method}|{task}|{steps}|{scenes}|{seeds}|{fusion.recipes_digest()}" for task in TASKS}
+        learned = f"{steps}|{SIZE}|{WINDOW}|{CROP}|{BATCH}|{RATE}|{fusion.recipes_digest()}"
+        keys = {task: f"{method}|{task}|{learned}|{scenes}|{seeds}" for task in TASKS}
         if all(key in results.rows for key in keys.values()):
             found += [{"method": method, "decode": "-", "task": task, **results.rows[key]} for task, key in keys.items()]
             continue
@@ -208,6 +213,11 @@ def zero_shot_latents(kind: str) -> dict[str, Latents]:
     return {task: sampled(ZERO_SHOT[name]) for task, name in ZERO_SHOT_TASKS.items()}
 
 
+def zero_shot_digest() -> str:
+    """Tell sets of recipes apart, for the names of rows."""
+    return hashlib.sha256(repr(ZERO_SHOT).encode()).hexdigest()[:8]
+
+
 class _LastLatent:
     """A VAE that remembers what it decoded last, and is the given one in all else."""
 
@@ -250,7 +260,7 @@ def shares_table(found: list[dict[str, Any]]) -> str:
 
 FULL_VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2,
             "attn_resolutions": [], "dropout": 0.0}
-COST_SIDE, COST_REPEATS = 128, 3
+COST_SIDE, COST_REPEATS = 256, 3
 COSTS = ("decode", "parameters", "gmac", "of_plain", "seconds", "time_of_plain")
 
 
@@ -312,8 +322,29 @@ def _digest(trainee: Trainee) -> str:
     return digest.hexdigest()[:12]
 
 
+# On its own
+
+COLUMNS = ("decode", "task", "n", "seeds", "psnr", "psnr_std", "gain", "ssim", "haarpsi", "gmsd")
+INTRODUCTION = """## Detail experts alone: `python dev bench detail_experts`
+
+A small-scale reproduction on the lab's VAE (lab/README.md): experts of size {size}, {steps} steps of {batch} crops of {crop} px, learning rate {rate:g}, from
+pictures with one of the damages {tasks}. They decode latents of the clean photographs, the best that a restorer could leave, and see the damaged ones.
+The column gain is PSNR less that of the plain decode of the same latents, in dB; GMSD is better when smaller. Four scenes, {seeds} seed(s), never trained on.
+"""
+
+
+def clean_tables(trainee: DetailExpertsTrainee, models: Models, results: report.Results, scenes: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """Measure attached experts on latents of clean photographs: figures by task with their means, who worked where, and the cost."""
+    found = rows(results, models, trainee, "of the clean picture", clean_latents(models, scenes), scenes, seeds)
+    for decode in ("plain", EXPERTS):
+        own = [row for row in found if row["decode"] == decode]
+        found.append({"decode": decode, "task": "mean", **{name: sum(row[name] for row in own) / len(own) for name in ("psnr", "gain", "ssim", "haarpsi", "gmsd")}})
+    return [report.markdown(found, COLUMNS), "Which expert worked on how much of the pictures:\n", shares_table(shares(trainee, models, scenes)),
+            f"One decode at the size of SD's AutoencoderKL, random weights, {COST_SIDE} px, one processor core:\n", cost_table(cost_rows())]
+
+
 def main() -> None:
-    """Train the experts, or go on, and publish them if asked."""
+    """Train the experts, or go on, publish them if asked, and measure them; a run over all scenes and seeds writes the evidence."""
     parser = argparse.ArgumentParser(prog="python dev bench detail_experts", description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rate", type=float, default=RATE)
@@ -321,13 +352,23 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="a folder of good pictures; the lab's training pictures without it")
     parser.add_argument("--publish", action="store_true", help="store the weights in lab/trained")
     parser.add_argument("--cost", action="store_true", help="print the cost of a decode, and train nothing")
+    parser.add_argument("--scenes", nargs="+", default=list(SCENES), choices=list(SCENES))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
     options = parser.parse_args()
     if options.cost:
         report.say(cost_table(cost_rows()))
         return
-    trainee = trained(EXPERTS, lab_models(), options.steps, options.pictures, options.rate, options.crop)
+    models, scenes, seeds = lab_models(), tuple(options.scenes), SEEDS[:options.seeds]
+    trainee = trained(EXPERTS, models, options.steps, options.pictures, options.rate, options.crop)
     if options.publish:
         publish(trainee)
+    with attached(trainee, models):
+        parts = clean_tables(trainee, models, report.Results(report.results_file("detail_experts")), scenes, seeds)
+    report.say("\n".join(parts))
+    if (scenes, seeds, options.pictures) == (tuple(SCENES), SEEDS, None):
+        introduction = INTRODUCTION.format(size=SIZE, steps=options.steps, batch=BATCH, crop=options.crop, rate=options.rate, tasks=", ".join(TASKS),
+                                           seeds=len(seeds))
+        report.write_section("detail_experts", "\n".join([introduction, *parts]))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ SEEDS = (0, 1, 2)
 QUICK = ("noise", "lowlight", "haze")
 FEW_SCENES = ("coffee", "flower")
 PUBLISHED = "reference schedule"
+DEGRADED = "degraded"
 START = "its start through the VAE"
 CEILING = "VAE of the clean picture"
 TIMED_STEPS = 2
@@ -139,7 +140,7 @@ class Bench:
 def main_rows(bench: Bench, degradation: str) -> list[dict]:
     """The rows that the issue of this method asks for: damage, editors, img2img, ours."""
     rows = [
-        bench.classical("degraded", degradation, lambda case: case.degraded),
+        bench.classical(DEGRADED, degradation, lambda case: case.degraded),
         bench.classical("auto-levels", degradation, lambda case: auto_levels(case.degraded)),
         bench.classical("non-local means", degradation, lambda case: non_local_means(case.degraded)),
         bench.classical(CEILING, degradation, lambda case: through_vae(bench.prior, case.clean)),
@@ -253,6 +254,7 @@ figures are not those of an untouched test set. "Its start" is the picture that 
 """
 BELOW = "Ours stays below {names}; the VAE keeps {ceiling:.2f} dB of the clean picture."
 LOSS = "Guided sampling takes away from its own start here: the gain over the degraded picture is the start's, which needs no denoiser."
+NO_GAIN = "Guided sampling takes away from its own start here, and there is no gain over the degraded picture."
 ESTIMATE = """The published schedule ({steps} steps with its rounds) was not run to its end. Its last steps, timed on coffee on the {prior}, would make
 about {hours:.1f} hours for one picture of 256 pixels, {times:.0f} times as long as ours in the same run; what it would reach is not known. `--reference full`
 runs it.
@@ -281,7 +283,9 @@ def verdict(rows: list[dict]) -> str:
         others = [row for row in rows if not row["method"].startswith("ours") and row["method"] != CEILING and row["prior"] in ("none", kind)]
         gains = "; ".join(f"{ours['psnr'] - row['psnr']:+.2f} dB against {row['method']}" for row in others)
         better = [row["method"] for row in others if row["psnr"] > ours["psnr"]]
-        remarks = [BELOW.format(names=", ".join(better), ceiling=ceiling)] * bool(better) + [LOSS] * (START in better)
+        remarks = [BELOW.format(names=", ".join(better), ceiling=ceiling)] * bool(better)
+        if START in better:
+            remarks.append(NO_GAIN if DEGRADED in better else LOSS)
         lines.append(" ".join([f"On the {kind}: {gains}.", *remarks]) + "\n")
     return "\n".join(lines)
 

@@ -266,8 +266,8 @@ with noise of 2/255. "words": a text that says how the restored picture looks, i
 """
 VIDEO = """## Learned prompts, video: `python dev bench learned_prompt`
 
-A photograph under a panning camera, 33 frames of 64 px, encoded frame by frame by the lab's VAE, through a tiny WAN of random weights: it shows what windows
-do, not restoration. psnr: of each frame with the one before it after undoing the pan. jump: how much the difference from the clip sampled as a whole changes
+A photograph under a panning camera, 33 frames of 64 px, encoded frame by frame by the lab's VAE (33 latent frames; from WAN's own VAE as many would be 129
+frames of video), through a tiny WAN of random weights under a prompt of random numbers: it shows what windows do, not restoration. psnr: of each frame with the one before it after undoing the pan. jump: how much the difference from the clip sampled as a whole changes
 from one frame to the next, in thousandths of a latent, where windows begin or end and in all other places.
 """
 

@@ -36,14 +36,16 @@ def expert_rows(options: argparse.Namespace, results: report.Results, trainee: d
         found = _with_prior("none", detail_experts.rows(results, models, trainee, "of the clean picture", clean, options.scenes, options.seeds))
         for kind in options.prior:
             zero_shot = detail_experts.zero_shot_latents(kind)
-            found += _with_prior(kind, detail_experts.rows(results, models, trainee, f"LD-RPS, {kind}", zero_shot, options.scenes, options.seeds))
+            found += _with_prior(kind, detail_experts.rows(results, models, trainee, f"LD-RPS, {kind}", zero_shot, options.scenes, options.seeds,
+                                                           detail_experts.zero_shot_digest()))
     for kind, lab in labs.items():
         restorer = lab.trained(fusion.Run(kind, fusion.DAFF))
         with fusion.attached(lab, restorer), detail_experts.attached(trainee, models):
             def sampled(picture: Any, seed: int, lab: Any = lab, restorer: Any = restorer) -> Any:
                 return fusion.sampled(lab, restorer, picture, seed)
 
-            rows = detail_experts.rows(results, models, trainee, f"{fusion.DAFF}, {kind}", dict.fromkeys(fusion.TASKS, sampled), options.scenes, options.seeds)
+            rows = detail_experts.rows(results, models, trainee, f"{fusion.DAFF}, {kind}", dict.fromkeys(fusion.TASKS, sampled), options.scenes, options.seeds,
+                                       f"{fusion.Run(kind, fusion.DAFF).name} {lab.steps}")
             found += _with_prior(kind, rows)
     return found
 

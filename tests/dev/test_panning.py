@@ -1,12 +1,19 @@
 """The measurement of windows of frames: a video by windows has no joins, and is as steady as its frames one by one."""
 
-from mend.dev.bench.panning import FRAMES, LENGTH, SHARED, joins, video_rows
+import torch
+
+from mend.dev.bench.panning import FRAMES, LENGTH, SHARED, joins, moving_noise, video_rows
 
 
 def test_where_windows_meet():
     assert (FRAMES, LENGTH, SHARED) == (33, 17, 8)
     # From 0, 9 and 16, each 17 long.
     assert joins() == [9, 16, 17, 26]
+
+
+def test_the_noise_moves_with_the_camera():
+    noise = moving_noise(16)
+    assert noise.shape == (1, 16, FRAMES, 8, 8) and torch.equal(noise[:, :, 1:, :, :-1], noise[:, :, :-1, :, 1:])
 
 
 def test_windows_leave_no_joins():

@@ -49,7 +49,7 @@ def trained(family, form="latent", spread=0.3, **settings):
     """Weights whose gates have values, as if something had been learned."""
     weights, generator = fresh(family, form, **settings), torch.Generator().manual_seed(5)
     for name, tensor in weights.tensors.items():
-        if name.endswith((".gate", "modulate.weight", "zero.weight")):
+        if name.endswith((".gate", "modulate.weight", "zero.weight")) or ".times." in name:
             weights.tensors[name] = tensor + torch.randn(tensor.shape, generator=generator) * spread
     return weights
 

@@ -26,15 +26,15 @@ def made(kind):
         return VAES[kind]()
 
 
-def trained(to, size="full", window=WINDOW, outer=0.3, seed=5, **settings):
+def trained(to, size="full", window=WINDOW, outer=0.3, seed=7, **settings):
     """Experts whose branches are all open, and routers that choose."""
     weights, generator = new_weights(to, size, window, **settings), torch.Generator().manual_seed(seed)
-    # A seed with which no window is undecided: roundings would choose for it.
+    # A seed with which windows differ and none is undecided: roundings would choose for it.
     tensors, choice = dict(weights.tensors), torch.Generator().manual_seed(seed + 1)
     for name, tensor in tensors.items():
         if name.endswith("outer"):
             tensors[name] = torch.full_like(tensor, outer)
-        elif any(f".{layer}." in name for layer in ("skip", "zero", "zero2")):
+        elif any(f".{layer}." in name for layer in ("leave", "zero", "zero2")):
             tensors[name] = torch.randn(tensor.shape, generator=generator) * 0.2
         elif name.endswith(("router.content.weight", "router.frequency.weight")):
             tensors[name] = (2 * torch.rand(tensor.shape, generator=choice) - 1) * tensor[0].numel() ** -0.5

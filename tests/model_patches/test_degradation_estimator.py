@@ -58,4 +58,13 @@ def test_incomplete_files_are_refused():
     with pytest.raises(ValueError, match="Test: .* is incomplete: network.out.bias does not have the expected shape"):
         check_fit(Weights(own.KIND, "any", CONFIG, {name: t for name, t in made.tensors.items() if name != "network.out.bias"}), "Test")
     with pytest.raises(ValueError, match="Test: .* does not say its chart, codebook"):
-        check_fit(Weights(own.KIND, "any", {"scales": []}, {}), "Test")
+        check_fit(Weights(own.KIND, "any", {"scales": [["blur", "width", [1.0, 2.0]]]}, {}), "Test")
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("scales", []), ("scales", 3), ("scales", [["blur", "width"]]), ("scales", [["blur", "width", 3]]), ("scales", [["blur", "width", ["a", 1]]]),
+    ("codebook", None), ("chart", [0, 32]), ("chart", {"seed": 0}), ("chart", {"seed": "0", "size": 32}),
+])  # fmt: skip
+def test_files_that_are_not_understood_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"Test: .* does not say its {name}, or not in a way"):
+        check_fit(Weights(own.KIND, "any", {**CONFIG, name: value}, weights().tensors), "Test")

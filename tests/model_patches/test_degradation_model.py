@@ -9,7 +9,7 @@ import comfy.model_patcher
 from mend.model_patches import degradation_model, irb, via
 from mend.model_patches.anatomy import every_block
 from mend.model_patches.degradation_condition import folded
-from mend.model_patches.degradation_model import NETWORK, Plan, check_fit, checked_instruction, once_each, parted, tokenizer_of
+from mend.model_patches.degradation_model import NETWORK, Plan, check_fit, checked_instruction, parted, tokenizer_of
 from mend.model_patches.degradation_tokenizer import fingerprint
 from mend.tests import tiny_models
 from mend.tests.model_patches.degradation_models import (
@@ -219,10 +219,36 @@ def test_pictures_travel_folded_into_cells():
     assert torch.equal(latent, c_lq) and packed.shape[1] == 3 * 64 + 4 + 1
 
 
+def looks(patcher, sample):
+    """How many pictures its pyramid looks at in each evaluation."""
+    seen = []
+    pyramid = patcher.get_additional_models()[0].model.irb.pyramid
+    handle = pyramid.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        sample()
+    finally:
+        handle.remove()
+    return set(seen)
+
+
 def test_what_conds_have_in_common_is_looked_at_once():
-    rows = torch.randn(2, 3)
-    assert torch.equal(once_each(torch.cat([rows, rows]), 2), rows)
-    assert len(once_each(torch.cat([rows, -rows]), 2)) == 4
+    patcher = applied("sd15", without_lora(trained("sd15")))
+    assert looks(patcher, lambda: sampled(patcher, "sd15", cfg=4.0)) == {1}
+    halves = [[cond, {**more, "area": (8, 4, 0, left), "strength": 1.0}] for left in (0, 4) for cond, more in tiny_models.conditioning("sd15")]
+    noise = torch.randn(tiny_models.latent_shape("sd15"), generator=torch.Generator().manual_seed(1))
+    assert 2 in looks(patcher, lambda: sample_noise(patcher, "sd15", noise, halves)), "each half of the picture is looked at"
+
+
+def test_the_twin_without_instruction_has_a_name_of_its_own():
+    patcher, names = applied("sd15", without_lora(trained("sd15")), cfg=2.0), []
+
+    def listen(executor, *args, **kwargs):
+        names.append([str(name) for name in args[5]["uuids"]])
+        return executor(*args, **kwargs)
+
+    patcher.add_wrapper_with_key("apply_model", "test_names", listen)
+    sampled(patcher, "sd15")
+    assert all(len(set(step)) == len(step) == 2 for step in names) and len({tuple(sorted(step)) for step in names}) == 1
 
 
 def test_other_codes_and_widths_are_refused():
@@ -243,6 +269,9 @@ def test_other_models_and_broken_files_are_refused():
         check_fit(weights, base("sd15").model, "Apply")
     with pytest.raises(ValueError, match="does not understand"):
         check_fit(dataclasses.replace(fresh("sd15"), config={"form": "sideways"}), base("sd15").model, "Apply")
+    for changes in ({"size": ["small"]}, {"rank": True}, {"cell": 7}, {"tokenizer": {"size": {}}}, {"codebook": None}, {"code_width": 3}):
+        with pytest.raises(ValueError, match="Apply: .* does not understand"):
+            check_fit(dataclasses.replace(fresh("sd15"), config={**fresh("sd15").config, **changes}), base("sd15").model, "Apply")
     with pytest.raises(ValueError, match="pictures for a batch of 1|for 3 pictures"):
         sampled(applied("sd15", fresh("sd15"), told=instruction(batch=3)), "sd15")
 
@@ -266,9 +295,54 @@ def test_a_clone_of_the_model_keeps_it_and_the_model_itself_does_not():
     assert base("sd15").get_attachment("mend_degradation") is None and not base("sd15").wrappers.get("apply_model")
 
 
-def test_only_gates_start_at_nothing():
-    network = degradation_model.DegradationNetwork(Plan.of(base("sd15").model, "small"), fresh("sd15").config, torch.nn)
+def untrained_bridge(family, size):
+    network = degradation_model.DegradationNetwork(Plan.of(base(family).model, size), fresh(family).config, torch.nn)
     irb.initialise_bridge(network.irb, torch.Generator().manual_seed(0))
-    scale, shift, gate = network.irb.bridges["middle"].modulate.weight.chunk(3)
-    assert not scale.any() and not gate.any() and shift.any()
+    return network.irb
+
+
+def test_only_what_would_change_the_model_starts_at_nothing():
+    bridge = untrained_bridge("sd15", "small")
+    none = {name.split(".")[0] for name, p in bridge.named_parameters() if name.endswith("weight") and not p.any()}
+    assert none == {"times", "bridges"}
     assert vae("sd15").spacial_compression_encode() == fresh("sd15").config["cell"]
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_pixels_arrive_as_large_as_the_latent(family, size):
+    bridge = untrained_bridge(family, size)
+    # Smooth as photographs are: white noise is the easy case.
+    shown = torch.nn.functional.interpolate(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(3)), scale_factor=8, mode="bilinear")
+    pixels, c_lq = 2 * shown - 1, torch.randn(2, tiny_models.CHANNELS[family], 8, 8, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert 0.5 < bridge.pyramid.cells(pixels).square().mean().sqrt() < 2
+        assert all(0.5 < feature.square().mean().sqrt() < 2 for feature in bridge.pyramid(pixels, c_lq).values())
+        dim, bright = (bridge.pyramid(shown * share - 1, c_lq)[next(iter(bridge.scales.values()))] for share in (0.2, 0.4))
+    assert (dim - bright).square().mean().sqrt() > 0.02, "how dark it is, is not normalised away"
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_scale_and_shift_learn_from_the_first_step_and_time_from_the_second(family):
+    bridge, site = untrained_bridge(family, "small"), Plan.of(base(family).model, "small").sites[0]
+    own, generator = bridge.bridges[site.name], torch.Generator().manual_seed(0)
+    h = torch.randn((2, 16, site.channels) if own.tokens else (2, site.channels, 4, 4), generator=generator)
+    emb = torch.randn(2, Plan.of(base(family).model, "small").anatomy.emb, generator=generator)
+    feature = torch.randn(1, own.modulate.weight.shape[1], 4, 4, generator=generator)
+    optimizer = torch.optim.SGD(bridge.parameters(), 0.1)
+    for step in range(2):
+        change = bridge(site, h, {site.scale: feature}, emb)
+        assert bool(change.any()) == (step > 0)
+        (change - h).square().mean().backward()
+        scale, shift = own.modulate.weight.grad.chunk(2)
+        assert scale.any() and shift.any() and bool(bridge.times[str(site.scale)].weight.grad.any()) == (step > 0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_the_time_bends_what_is_told(family):
+    weights = without_lora(trained(family))
+    timeless = {name: tensor if ".times." not in name else torch.zeros_like(tensor) for name, tensor in weights.tensors.items()}
+    one, other = (sampled(applied(family, dataclasses.replace(weights, tensors=tensors)), family) for tensors in (weights.tensors, timeless))
+    assert not torch.equal(one, other)

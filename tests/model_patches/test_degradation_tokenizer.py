@@ -35,11 +35,17 @@ def test_tokens_are_differences_of_codes(weights):
     assert float(tokens[0].detach().square().mean()) == pytest.approx(1, rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (8, 80), (5, 3)], ids=str)
-def test_charts_of_any_size(weights, size):
-    pictures = torch.rand(2, *size, 3, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("side", [32, 33, 80, 5])
+def test_square_charts_of_any_size(weights, side):
+    pictures = torch.rand(2, side, side, 3, generator=torch.Generator().manual_seed(1))
     tokens = instruction_of(weights, pictures[:1], pictures[1:], "", "Test").tokens
-    assert tokens.shape == (1, -(-size[0] // 8) * -(-size[1] // 8), TINY.width)
+    assert tokens.shape == (1, (-(-side // 8)) ** 2, TINY.width)
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 32)], ids=str)
+def test_charts_that_are_not_square_are_refused(weights, size):
+    with pytest.raises(ValueError, match=f"Test: the charts on 'degraded' and 'clean' are {size[1]} x {size[0]} pixels, and a chart has to be square"):
+        instruction_of(weights, torch.rand(1, *size, 3), torch.rand(1, *size, 3), "", "Test")
 
 
 def test_a_row_of_a_batch_is_what_it_is_alone(weights):
@@ -101,6 +107,9 @@ def test_incomplete_files_are_refused(weights):
         check_fit(with_tensors(weights, **{"encoder.codes": torch.zeros(3, 16)}), "Test")
     with pytest.raises(ValueError, match="Test: .* describes itself as {'size': 'huge'}"):
         check_fit(Weights(own.KIND, "any", {"size": "huge"}, {}), "Test")
+    for changes in ({"size": ["lab"]}, {"size": {}}, {"adversarial": 1}, {"adversarial": True, "critic_start": None}):
+        with pytest.raises(ValueError, match="Test: .* describes itself as"):
+            check_fit(Weights(own.KIND, "any", {**weights.config, **changes}, weights.tensors), "Test")
     with pytest.raises(ValueError, match="Test: .* is of the kind restoration adapter, and this node applies the kind degradation tokenizer"):
         check_fit(Weights("restoration_adapter", "any", {}, {}), "Test")
 

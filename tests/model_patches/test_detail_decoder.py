@@ -318,6 +318,9 @@ def test_damaged_files_are_refused():
     for config in ({"size": "huge", "window": 64}, {"size": "full", "window": 60}, {"size": "full"}):
         with pytest.raises(ValueError, match="describes itself as .*, and a size \\(full, lite\\) and a window"):
             check_fit(Weights(weights.kind, weights.family, config, weights.tensors), vae, NODE)
+    broken = weights.tensors | {"daem.sites.at_4.leave.weight": torch.full((32, 32, 1, 1), torch.nan)}
+    with pytest.raises(ValueError, match="holds numbers that are not finite"):
+        check_fit(Weights(weights.kind, weights.family, weights.config, broken), vae, NODE)
     with pytest.raises(ValueError, match="is of the kind restoration adapter, and this node applies the kind detail experts"):
         check_fit(Weights("restoration_adapter", weights.family, {}, {}), vae, NODE)
 

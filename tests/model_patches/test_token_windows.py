@@ -19,6 +19,14 @@ def test_what_is_done_place_by_place_is_done_whole(size):
     torch.testing.assert_close(in_windows(lambda a, b: a * b + a, a, b, 8), a * b + a)
 
 
+def test_half_precision_keeps_its_corners():
+    a, b = (each.half() for each in maps(50, 70))
+    mixed = in_windows(lambda a, b: a + b, a, b, 48)
+    assert mixed.dtype == torch.float16
+    # One rounding at the end: half of the last bit of numbers below 8.
+    torch.testing.assert_close(mixed, a + b, atol=2**-9, rtol=2**-11)
+
+
 def test_few_tokens_are_one_window():
     seen = []
     in_windows(lambda a, b: (seen.append(a.shape), a)[1], *maps(4, 16), 8)

@@ -4,24 +4,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mend.model_patches.weights_file import Weights
-from mend.nodes import adapter, fusion, weights
 from mend.tests import tiny_models
 from mend.tests.model_patches import adapters, fusions
-from mend.tests.nodes.restorations import node as other_node
-from mend.tests.nodes.restorations import picture
+from mend.tests.nodes.restorations import node, picture
 
-CLASSES = {node.define_schema().node_id: node for node in (*adapter.NODES, *fusion.NODES, *weights.NODES)}
 STEPS = 2
 PICTURE = picture(1, 64, 64, 3)
 # The link to the given weights.
 GIVEN = ("weights", 0)
-
-
-def node(kind, /, **inputs):
-    """A node of a prompt; widgets that are not given have the defaults of the schema, and inputs of None are left out."""
-    schema = CLASSES[kind].define_schema() if kind in CLASSES else None
-    defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None} if schema else {}
-    return other_node(kind, **{name: value for name, value in {**defaults, **inputs}.items() if value is not None})
 
 
 class Patch(NamedTuple):

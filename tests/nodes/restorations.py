@@ -1,18 +1,21 @@
 """Prompts that restore a picture on a tiny model, with the nodes wired as the shared workflows wire them."""
 
+from types import ModuleType
+
 import torch
 
-from mend.nodes import frame, lab, zero_shot
+import mend.nodes
 
-CLASSES = {node.define_schema().node_id: node for node in (*zero_shot.NODES, *frame.NODES, *lab.NODES)}
+FILES = [module for module in vars(mend.nodes).values() if isinstance(module, ModuleType) and hasattr(module, "NODES")]
+CLASSES = {node.define_schema().node_id: node for file in FILES for node in file.NODES}
 STEPS = 3
 
 
 def node(kind, /, **inputs):
-    """A node of a prompt; what is not given has the default of the schema."""
+    """A node of a prompt; widgets of the pack's own that are not given have the defaults of the schema, and inputs of None are left out."""
     schema = CLASSES[kind].define_schema() if kind in CLASSES else None
     defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None} if schema else {}
-    return {"class_type": kind, "inputs": {**defaults, **inputs}}
+    return {"class_type": kind, "inputs": {name: value for name, value in {**defaults, **inputs}.items() if value is not None}}
 
 
 def restoration(family="sd15", framed=True, encoded=True, guided=True, batch=1, **changes):

@@ -6,23 +6,13 @@ import pytest
 import torch
 
 from comfy.nested_tensor import NestedTensor
-from mend.nodes import degradation_space, frame, visual_instruction, weights
+from mend.nodes import visual_instruction
 from mend.tests import tiny_models
 from mend.tests.model_patches.degradation_models import codes, fresh, instruction, trained
-from mend.tests.nodes.restorations import node as other_node
-from mend.tests.nodes.restorations import picture
+from mend.tests.nodes.restorations import node, picture
 from mend.tests.nodes.test_zero_shot import failure
 
-MODULES = (degradation_space, visual_instruction, weights, frame)
-CLASSES = {node.define_schema().node_id: node for module in MODULES for node in module.NODES}
 STEPS = 2
-
-
-def node(kind, /, **inputs):
-    """A node of a prompt; widgets that are not given have the defaults of the schema, and inputs of None are left out."""
-    schema = CLASSES[kind].define_schema() if kind in CLASSES else None
-    defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None} if schema else {}
-    return other_node(kind, **{name: value for name, value in {**defaults, **inputs}.items() if value is not None})
 
 
 def restoration(family="sd15", weights=("weights", 0), batch=1, told=("instruction", 0), encoded=True, new=None, sampler=None, sample=None, **apply):
@@ -59,6 +49,14 @@ def given(weights=None, shown=None, **changes):
 def test_an_untrained_one_returns_the_picture_in_the_pixel_form(run_prompt, family):
     result = run_prompt(restoration(family, ("new", 0), new={"form": "pixel"}), given=given())
     assert torch.equal(result.values["image"], picture(1, 64, 64, 3))
+
+
+def test_a_fine_tune_takes_the_place_of_the_lora(run_prompt):
+    prompt = restoration("sd15", ("new", 0), new={"form": "pixel", "fine_tune": True}) | {"made": node("TestCapture", value=["new", 0])}
+    values = run_prompt(prompt, given=given()).values
+    assert torch.equal(values["image"], picture(1, 64, 64, 3))
+    changes = [name for name in values["made"].tensors if name.startswith("diffusion_model.")]
+    assert values["made"].config["fine_tune"] and changes and all(name.endswith((".diff", ".diff_b")) for name in changes)
 
 
 @pytest.mark.parametrize("form", ["latent", "pixel"])

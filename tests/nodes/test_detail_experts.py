@@ -3,22 +3,13 @@
 import pytest
 import torch
 
-from mend.nodes import detail_experts, weights
 from mend.tests.model_patches.detail_experts import pictures, trained
-from mend.tests.nodes.restorations import node as other_node
+from mend.tests.nodes.restorations import node
 from mend.tests.nodes.test_zero_shot import failure
 from mend.tests.tiny_models import vae as tiny_vae
 from mend.tests.training.tiny_training import video_vae
 
-CLASSES = {node.define_schema().node_id: node for node in (*detail_experts.NODES, *weights.NODES)}
 GIVEN = ("weights", 0)
-
-
-def node(kind, /, **inputs):
-    """A node of a prompt; widgets that are not given have the defaults of the schema."""
-    schema = CLASSES[kind].define_schema() if kind in CLASSES else None
-    defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None} if schema else {}
-    return other_node(kind, **{**defaults, **inputs})
 
 
 def decoding(family="sd15", experts=("new", 0), new=None, **decode):

@@ -9,22 +9,13 @@ import torch
 import folder_paths
 from mend.model_patches import folders
 from mend.model_patches.prompt_conditioning import new_conditioning
-from mend.nodes import learned_prompt, weights
+from mend.nodes import learned_prompt
 from mend.tests.model_patches.learned_prompts import base, told, trained
 from mend.tests.model_patches.test_published_prompt import content
-from mend.tests.nodes.restorations import latent
-from mend.tests.nodes.restorations import node as other_node
+from mend.tests.nodes.restorations import latent, node
 from mend.tests.nodes.test_zero_shot import failure
 
-CLASSES = {node.define_schema().node_id: node for node in (*learned_prompt.NODES, *weights.NODES)}
 FAMILIES = pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "wan"])
-
-
-def node(kind, /, **inputs):
-    """A node of a prompt; widgets that are not given have the defaults of the schema, and inputs of None are left out."""
-    schema = CLASSES[kind].define_schema() if kind in CLASSES else None
-    defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None} if schema else {}
-    return other_node(kind, **{name: value for name, value in {**defaults, **inputs}.items() if value is not None})
 
 
 def prompted(family, model="apply", positive=("text", 0), **nodes):

@@ -51,6 +51,15 @@ def alone(**changes):
     return train(trainee(), DummyPairs(), Models(), settings, None, Watcher())
 
 
+class WithoutDiffusers:
+    """Finds modules as Python does where the package was never installed."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "diffusers":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def test_what_comes_out(training):
     result = training()
     expected = alone()
@@ -94,7 +103,8 @@ def test_cancelling_ends_within_a_step_and_queueing_again_goes_on(training):
     assert not cancelled.success and cancelled.error.get("node_type") == "MendTrain" and "exception_message" not in cancelled.error
     assert [file.name for file in training.folder.glob("checkpoint*")] == ["checkpoint_000000003.safetensors"]
     again = training()
-    assert min(bar["value"] for bar in again.of("progress")) == 4
+    # The host drops updates that follow each other quickly, so only on a slow machine is it cancelled before step 3 was validated.
+    assert min(bar["value"] for bar in again.of("progress") if not bar["preview"]) >= 4
     assert same(again.values["weights"].tensors, alone().tensors)
 
 
@@ -149,6 +159,14 @@ def test_errors_name_the_node(training, changes, message):
         training.given["weights"].tensors["bias"].fill_(float("inf"))
     result = training(check=False, **changes)
     assert not result.success and message in result.error_text()
+
+
+def test_without_diffusers_it_says_what_to_install(training, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [WithoutDiffusers, *sys.meta_path])
+    text = training(check=False).error_text()
+    assert "Train: the Python package diffusers is not installed" in text and "pip install diffusers" in text
 
 
 def test_weights_that_cannot_be_trained_are_refused(training):

@@ -5,21 +5,12 @@ import torch
 
 from mend.degradations.visual_ground import visual_ground
 from mend.model_patches.degradation_tokenizer import SIZES, fingerprint, instruction_of
-from mend.nodes import visual_instruction, weights
-from mend.tests.nodes.restorations import node as other_node
+from mend.tests.nodes.restorations import node
 from mend.training.degradation_estimator import new_estimator
 from mend.training.degradation_tokenizer import new_tokenizer
 from mend.training.seeding import mixed
 
-CLASSES = {node.define_schema().node_id: node for node in (*visual_instruction.NODES, *weights.NODES)}
 LAB = SIZES["lab"]
-
-
-def node(kind, /, **inputs):
-    """A node of a prompt; widgets that are not given have the defaults of the schema."""
-    schema = CLASSES[kind].define_schema() if kind in CLASSES else None
-    defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None} if schema else {}
-    return other_node(kind, **{**defaults, **inputs})
 
 
 def charts():
@@ -27,14 +18,14 @@ def charts():
     noise = {"kind": "gaussian noise", "kind.sigma": 50.0, "kind.grey_noise": False, "seed": 1}
     return {
         "chart": node("MendVisualGround", seed=5, size=LAB.chart),
-        "noise": other_node("MendDegradeImage", image=["chart", 0], **noise),
-        "jpeg": other_node("MendDegradeImage", image=["noise", 0], words=["noise", 1], **{"kind": "jpeg", "kind.quality": 10, "seed": 2}),
-        "weights": other_node("TestGiven", name="weights"),
+        "noise": node("MendDegradeImage", image=["chart", 0], **noise),
+        "jpeg": node("MendDegradeImage", image=["noise", 0], words=["noise", 1], **{"kind": "jpeg", "kind.quality": 10, "seed": 2}),
+        "weights": node("TestGiven", name="weights"),
     }
 
 
 def captured(**links):
-    return {name: other_node("TestCapture", value=link) for name, link in links.items()}
+    return {name: node("TestCapture", value=link) for name, link in links.items()}
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +64,8 @@ def test_instructions_are_blended(run_prompt, given):
 
 def estimated(**changes):
     return {
-        "weights": other_node("TestGiven", name="weights"),
-        "picture": other_node("TestGiven", name="picture"),
+        "weights": node("TestGiven", name="weights"),
+        "picture": node("TestGiven", name="picture"),
         "estimate": node("MendEstimateVisualInstruction", weights=["weights", 0], image=["picture", 0], **changes),
         **captured(instruction=["estimate", 0], chart=["estimate", 1], words=["estimate", 2]),
     }
@@ -102,13 +93,13 @@ def training(new, **settings):
     """From New over Train, on pictures in memory."""
     noise = {"kind": "gaussian noise", "kind.sigma": 50.0, "kind.grey_noise": False, "seed": 1}
     return {
-        "picture": other_node("TestGiven", name="picture"),
-        "weights": other_node("TestGiven", name="weights"),
-        "noise": other_node("MendDegradeImage", image=["picture", 0], **noise),
-        "pairs": other_node("MendPairedData", **{"source": "connected pictures", "source.images": ["picture", 0],
+        "picture": node("TestGiven", name="picture"),
+        "weights": node("TestGiven", name="weights"),
+        "noise": node("MendDegradeImage", image=["picture", 0], **noise),
+        "pairs": node("MendPairedData", **{"source": "connected pictures", "source.images": ["picture", 0],
                                                  "degradations.degradation_0": ["noise", 2], "crop": 64, "flip": True, "held_out": 0}),
         "new": new,
-        "train": other_node("MendTrain", weights=["new", 0], pairs=["pairs", 0], **{
+        "train": node("MendTrain", weights=["new", 0], pairs=["pairs", 0], **{
             "steps": 2, "batch_size": 2, "learning_rate": 1e-3, "run_name": "instructions", "seed": 0, "accumulate": 1, "schedule": "constant",
             "warmup": 0, "weight_decay": 0.01, "clip_gradient": 1.0, "ema": 0.0, "precision": "fp32", "gradient_checkpointing": False,
             "validate_every": 2, "keep": 2, **settings}),

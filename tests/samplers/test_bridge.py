@@ -10,11 +10,14 @@ import comfy.sample
 import comfy.samplers
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from mend.model_patches.host import INTERRUPTED, is_flow
+from mend.model_patches.learned_prompt import LearnedPrompt
+from mend.model_patches.learned_prompt_patch import AVERAGE, attach_blend
 from mend.samplers import bridge as module
 from mend.samplers.bridge import E_BRIDGE, ESTIMATORS, YPT, Bridge, Path, bridge_sigmas, least_time
 from mend.samplers.degraded_latent import DegradedLatent
 from mend.samplers.restoration_guidance import Restoration, RestorationGuidance
 from mend.tests import tiny_models
+from mend.tests.model_patches.learned_prompts import trained
 
 KINDS = ("sd15", "v", "sd3", "flux", "wan")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -375,6 +378,28 @@ def test_windows_leave_masks_and_pictures_alone(clip):
     found = sample(model("wan"), "wan", Bridge(window=17, overlap=4), latent=clip, mask=mask, steps=2)
     torch.testing.assert_close(found, clip, rtol=1e-5, atol=1e-5)
     assert torch.equal(sample(model("sd3"), "sd3", Bridge(window=5)), sample(model("sd3"), "sd3"))
+
+
+def test_a_run_without_noise_is_refused():
+    latent = latents("sd3", 5)
+    first = bridge_sigmas(model("sd3").get_model_object("model_sampling"), 0.4, 6)
+    settings = dict(positive=tiny_models.conditioning("sd3"), negative=tiny_models.conditioning("sd3"), latent_image=latent, disable_pbar=True)
+    # The second half of Split Sigmas, as a sampling node without noise goes on with it.
+    with pytest.raises(ValueError, match="Bridge Sampler: the noise is all 0.*cannot go on where another sampler stopped"):
+        comfy.sample.sample_custom(model("sd3"), torch.zeros_like(latent), 1.0, Bridge().sampler(), first[3:], **settings)
+    fixed = comfy.sample.sample_custom(model("sd3"), torch.zeros_like(latent), 1.0, Bridge(seed=42).sampler(), first, **settings)
+    assert torch.equal(fixed, sample(model("sd3"), "sd3", Bridge(seed=42), sigmas=first, latent=latent))
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd3"])
+def test_a_prompt_that_was_trained_from_elsewhere_is_told_of(kind, caplog):
+    prompts, patched = [trained(kind, 16, seed) for seed in (5, 6)], model(kind).clone()
+    prompts[0].config["t0"], prompts[1].config["t0"] = 0.4, 0.7
+    attach_blend(patched, [(LearnedPrompt.of(prompt), 1.0) for prompt in prompts], AVERAGE)
+    sample(patched, kind)
+    assert [message for message in caplog.messages if "trained from t0" in message] == [
+        "Bridge Sampler: the prompt of Apply Learned Prompt was trained from t0 0.7, and this run begins at 0.4. "
+        "Set t0 of Bridge Sigmas to 0.7 if the result is poor."]
 
 
 def test_the_published_numbers():

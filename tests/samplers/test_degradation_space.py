@@ -7,8 +7,11 @@ import torch
 
 import comfy.samplers
 from mend.model_patches.degraded_picture import Degradation, DegradedPicture, Residuals, Space, reframed
+from mend.samplers.alignment import Alignment
 from mend.samplers.degradation_space import DegradationSpaceSampler, degradation_of, samples_degradation
 from mend.samplers.degraded_latent import DegradedLatent
+from mend.samplers.guided_model import GuidedModel
+from mend.samplers.posterior_guidance import Posterior
 from mend.samplers.recurrence import RecurrentSampler
 from mend.samplers.restoration_guidance import Restoration, RestorationGuidance
 from mend.tests import tiny_models
@@ -197,6 +200,14 @@ def test_rounds_of_renoising_outside_go_on_from_what_was_found(form):
     assert sampled(patcher, "sd15", inside, steps=4).isfinite().all()
 
 
+def test_no_sample_repeats_the_noise_of_a_round():
+    finds, sampler = finding(0.0, samples=3)
+    sampled(applied("sd15", fresh("sd15")), "sd15", RecurrentSampler(sampler, 2, 0.5), steps=4)
+    noises = [(start - start.mean()) / start.std() for start in finds.starts]
+    assert len(noises) == 9 and len(set(finds.seeds)) == 9
+    assert not any(torch.allclose(a, b, atol=1e-3) for index, a in enumerate(noises) for b in noises[:index])
+
+
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 @pytest.mark.parametrize("inner", ["euler", "uni_pc"])
 def test_restoration_guidance_pulls_towards_no_damage(family, inner):
@@ -214,6 +225,14 @@ def test_a_sampler_that_takes_damage_for_a_picture_is_refused():
         sampled(patcher, "sd15", comfy.samplers.sampler_object("euler"))
     nested = RecurrentSampler(DegradationSpaceSampler(comfy.samplers.sampler_object("euler")), 0, 0.5)
     assert samples_degradation(nested) and not samples_degradation(comfy.samplers.sampler_object("euler"))
+
+
+def test_guidance_that_would_decode_damage_is_refused():
+    """Whichever of the two nodes comes first."""
+    guidance = GuidedModel(Posterior(), Alignment(), None, vae("sd15"), pictures())
+    for patcher in (guidance.attach(applied("sd15", fresh("sd15"))), applied("sd15", fresh("sd15"), to=guidance.attach(base("sd15")))):
+        with pytest.raises(ValueError, match="Apply Degradation Diffusion: Apply Posterior Guidance is on this model too"):
+            sampled(patcher, "sd15")
 
 
 def test_a_model_without_a_degraded_picture_is_refused():

@@ -4,19 +4,30 @@ import dataclasses
 
 import pytest
 import torch
+from torch.amp import autocast
 
 from mend.degradations.recipe import Recipe
 from mend.degradations.visual_ground import visual_ground
 from mend.model_patches.degradation_model import DEVIATION
 from mend.model_patches.degraded_picture import Residuals
-from mend.model_patches.host import checkpointed_blocks, gradients
+from mend.model_patches.host import checkpointed_blocks, for_training, gradients
 from mend.tests.model_patches.degradation_models import codes, fresh, removed, sampled, trained
 from mend.tests.training import tiny_training
 from mend.tests.training.picture_files import fill
 from mend.training import degradation_model
 from mend.training.charts import charts
 from mend.training.checkpoint import open_run
-from mend.training.degradation_model import CLEAN, OTHER, DegradationTrainee
+from mend.training.degradation_model import (
+    CLEAN,
+    FINE_TUNE_RATE,
+    FLOOR,
+    GATE_RATE,
+    OTHER,
+    DegradationTrainee,
+    ResidualDenoising,
+    damage_weights,
+)
+from mend.training.denoising import Denoising
 from mend.training.kinds import KINDS
 from mend.training.loop import describe_run, train
 from mend.training.pairs import Pairs
@@ -93,6 +104,13 @@ def test_the_other_chart_shows_something_else():
     assert (other[1:] - other[:-1]).abs().mean() <= (chart[1:] - chart[:-1]).abs().mean() < (noisy[1:] - noisy[:-1]).abs().mean()
 
 
+def test_noise_is_not_something_else_than_a_dark_exposure():
+    dark = Recipe.from_json([{"kind": "low light"}])
+    for own, others in ((dark, [dark, NOISE]), (NOISE, [dark, NOISE])):
+        chart, _, other = charts(own, others, 3, 48)
+        assert torch.equal(other, chart), "dark exposures are noisy too, so nothing is left to show"
+
+
 def test_pictures_with_partners_have_no_chart(tmp_path):
     good, bad = (fill(tmp_path / name, 3, 64, 64) for name in ("good", "bad"))
     with pytest.raises(ValueError, match="come with degraded ones"):
@@ -110,7 +128,7 @@ def test_every_parameter_has_a_gradient(family):
         loss, _ = trainee.loss(batch(), tiny_training.generators(2, seed=4))
         loss.backward()
     missing = [name for name, p in trainee.network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert loss.isfinite() and not missing and all(p.grad is not None for p in trainee.lora.parameters())
+    assert loss.isfinite() and not missing and all(p.grad is not None for p in trainee.change.parameters())
     assert not any(p.requires_grad for p in trainee.encoder.parameters())
     assert not any(module._forward_hooks for module in given.model.model.modules())
 
@@ -132,7 +150,7 @@ def test_targets_follow_the_instruction(monkeypatch):
     given, seen = tiny_training.models("sd15"), []
     trainee = DegradationTrainee(trained("sd15"), given)
     with gradients(), trainee.attach(given):
-        monkeypatch.setattr(trainee.denoising, "loss", lambda target, texts, generators, extra: seen.append((target, texts, extra)) or torch.zeros(()))
+        monkeypatch.setattr(trainee.denoising, "loss", lambda *given, weights: seen.append((given[0], given[1], given[3])) or torch.zeros(()))
         rows = batch(1)
         own = Residuals("latent", given.vae, given.model.model)(rows.degraded, rows.clean) / 0.5
         kinds = {"clean": 0, "other": 0, "own": 0}
@@ -147,6 +165,86 @@ def test_targets_follow_the_instruction(monkeypatch):
         assert all(kinds.values())
         degraded_chart = trainee.instruction(rows.degraded_chart, rows.chart)
         assert not trainee.instruction(rows.chart, rows.chart).any() and degraded_chart.any()
+
+
+def test_large_and_small_damage_are_worth_the_same():
+    y0 = torch.stack([torch.full((4, 8, 8), value) for value in (0.0, 0.3, 1.0, 3.0)])
+    counted = damage_weights(y0)
+    assert counted[2] == pytest.approx(1) and counted[0] == counted.max() == pytest.approx((1 + FLOOR) / FLOOR)
+    left = counted * y0.square().flatten(1).mean(1)
+    assert left[3] < 3 * left[1], "as squares they are a hundred times apart"
+
+
+def test_samples_count_by_the_damage_of_their_picture(monkeypatch):
+    """Also those that are told of nothing, so that each picture is worth the same either way."""
+    given, seen = tiny_training.models("sd15"), []
+    for form in ("latent", "picture"):
+        trainee = DegradationTrainee(trained("sd15", form), given)
+        with gradients(), trainee.attach(given):
+            monkeypatch.setattr(trainee.denoising, "loss", lambda *_, weights: seen.append(weights) or torch.zeros(()))
+            rows = batch(1)
+            for seed in range(12):
+                trainee.loss(rows, tiny_training.generators(1, seed=seed))
+            y0 = Residuals("latent", given.vae, given.model.model)(rows.degraded, rows.clean) / 0.5
+    torch.testing.assert_close(torch.cat(seen[:12]), damage_weights(y0).repeat(12))
+    assert seen[12:] == [None] * 12, "there is no damage to measure where pictures themselves are sampled"
+
+
+def test_the_loss_counts_samples_by_their_weights():
+    given, kept = tiny_training.models("sd3"), []
+    denoising = Denoising(given, for_training(given.model))
+    z0 = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    for weights in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([3.0, 5.0]), None):
+        with gradients(), torch.no_grad():
+            kept.append(float(denoising.loss(z0, ["", ""], tiny_training.generators(2), {}, weights=weights)))
+    assert kept[2] == pytest.approx(3 * kept[0] + 5 * kept[1]) and kept[3] == pytest.approx(kept[0] + kept[1])
+
+
+def test_latents_and_tokens_stay_in_full_precision_under_autocast(monkeypatch):
+    given, told, rows = tiny_training.models("sd15"), [], batch(2)
+    trainee = DegradationTrainee(trained("sd15"), given)
+    with gradients(), trainee.attach(given):
+        monkeypatch.setattr(trainee.denoising, "loss", lambda *seen, weights: told.append((seen[0], weights, *seen[3].values())) or torch.zeros(()))
+        for enabled in (False, True):
+            with autocast("cpu", torch.bfloat16, enabled=enabled):
+                trainee.loss(rows, tiny_training.generators(2))
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(*told, strict=True))
+
+
+def test_flows_see_full_noise_as_often_as_they_need():
+    given = tiny_training.models("sd3")
+    drawn = {}
+    for kind in (Denoising, ResidualDenoising):
+        denoising, generator = kind(given, for_training(given.model)), torch.Generator().manual_seed(0)
+        sigmas = torch.stack([denoising.draw_sigma(generator) for _ in range(2000)])
+        sampling = given.model.get_model_object("model_sampling")
+        late = float(sampling.percent_to_sigma(0.02))
+        drawn[kind] = float((sigmas > late).float().mean())
+    # Half of the times are uniform: 1 in 100 lies in the first 2 % of the schedule.
+    assert drawn[Denoising] < 0.002 and drawn[ResidualDenoising] == pytest.approx(0.01, abs=0.005)
+
+
+def test_gates_learn_faster():
+    given = tiny_training.models("sd15")
+    trainee = DegradationTrainee(trained("sd15"), given)
+    names = [name for part in (trainee.network, trainee.change) for name, _ in part.named_parameters()]
+    assert len(names) == len(list(trainee.parameters()))
+    faster = {name for name, factor in zip(names, trainee.rate_factors(), strict=True) if factor != 1}
+    assert faster and faster == {name for name in names if name.endswith(".gate")}
+
+
+def test_all_weights_learn_slowly_where_that_is_asked_for(pairs, monkeypatch):
+    monkeypatch.setattr(degradation_model, "MEASURED", 4)
+    given, start = tiny_training.models("sd15"), fresh("sd15", fine_tune=True)
+    before = {name: p.detach().clone() for name, p in given.model.model.named_parameters()}
+    trainee = DegradationTrainee(start, given)
+    assert set(trainee.rate_factors()) == {1.0, FINE_TUNE_RATE, GATE_RATE} and len(trainee.rate_factors()) == len(list(trainee.parameters()))
+    result = train(trainee, pairs, given, Settings(steps=2, batch=1, rate=1e-3, validate_every=0), None, Watcher())
+    still = [name for name, tensor in result.tensors.items() if name.endswith((".diff", ".diff_b")) and not tensor.any()]
+    # Keys have no use for an offset: attention is the same for all of them. What goes before a norm of few channels has none either.
+    assert len(still) < 0.1 * len(trainee.change.paths), still
+    assert all(torch.equal(p, before[name]) for name, p in given.model.model.named_parameters())
+    assert not any("lora" in name for name in result.tensors)
 
 
 def test_words_instead_of_charts_for_comparison():
@@ -210,8 +308,9 @@ def test_kinds_know_it(tmp_path):
     from mend.model_patches.weights_file import save_weights
 
     save_weights(codes(), tmp_path / "codes.safetensors")
-    with pytest.raises(ValueError, match="whole numbers"):
-        KINDS["degradation_model"].new(given, {"tokenizer": str(tmp_path / "codes.safetensors"), "rank": "8"})
+    for wrong in ({"rank": "8"}, {"rank": True}, {"form": ["latent"]}, {"size": {}}, {"seed": 0.5}):
+        with pytest.raises(ValueError, match="whole numbers"):
+            KINDS["degradation_model"].new(given, {"tokenizer": str(tmp_path / "codes.safetensors"), **wrong})
     made = KINDS["degradation_model"].new(given, {"tokenizer": str(tmp_path / "codes.safetensors"), "form": "pixel", "size": "small"})
     assert made.config["form"] == "pixel" and not made.tensors[DEVIATION]
     assert isinstance(batch(), Batch)

@@ -90,7 +90,7 @@ def test_what_learns(kind):
     assert same(state(models), before)
 
 
-def test_a_fresh_one_starts_at_its_last_number(monkeypatch):
+def test_a_fresh_one_starts_at_its_last_layer(monkeypatch):
     models = given()
     monkeypatch.setattr(detail_experts, "BALANCE_WEIGHT", 0.0)  # which the routers and what is before them feel at once
     trainee = trainee_of(fresh(models, perceptual=0.0), models)
@@ -99,7 +99,7 @@ def test_a_fresh_one_starts_at_its_last_number(monkeypatch):
         loss.backward()
     assert "perceptual" not in figures
     opened = {name for name, p in trainee.network.named_parameters() if p.grad is not None and p.grad.any()}
-    assert opened == {f"sites.at_{scale}.outer" for scale in (4, 2, 1)}
+    assert opened == {f"sites.at_{scale}.leave.{part}" for scale in (4, 2, 1) for part in ("weight", "bias")}
 
 
 def test_steps_lower_the_loss_and_leave_the_vae():

@@ -95,5 +95,6 @@ def test_new_ones_come_from_a_file(monkeypatch, tmp_path):
     save_weights(given, tmp_path / "tokenizer.safetensors")
     made = kinds.new_weights("degradation_estimator", Models(), {"tokenizer": str(tmp_path / "tokenizer.safetensors"), "seed": 2})
     assert made.config["codebook"] == fingerprint(given) and made.tensors["bank"].shape == (18, 16, TINY.width)
-    with pytest.raises(ValueError, match="a new degradation estimator takes tokenizer"):
-        kinds.new_weights("degradation_estimator", Models(), {})
+    for wrong in ({}, {"tokenizer": 3}, {"tokenizer": "x", "seed": "2"}, {"tokenizer": "x", "size": "lab"}):
+        with pytest.raises(ValueError, match="a new degradation estimator takes tokenizer"):
+            kinds.new_weights("degradation_estimator", Models(), wrong)

@@ -341,8 +341,9 @@ def test_a_bridge_that_the_model_does_not_reach_is_refused():
         LearnedPromptTrainee(Weights(weights.kind, weights.family, {"t0": 0.99}, weights.tensors, weights.name), models("sd15"))
 
 
-def test_flux_is_told_as_many_empty_tokens_as_the_prompt_has():
+@pytest.mark.parametrize(("length", "tokens"), [(7, 256), (300, 300)])
+def test_flux_is_told_as_many_empty_tokens_as_where_the_prompt_is_used(length, tokens):
     given = models("flux")
-    learner = trainee("flux", given)
+    learner = trainee("flux", given, weights=trained("flux", length))
     with gradients(), learner.attach(given):
-        assert learner.denoising.models.clip.asked == ("t5xxl_min_length", 7)
+        assert learner.denoising.models.clip.asked == ("t5xxl_min_length", tokens)

@@ -181,7 +181,7 @@ def test_validation_shows_what_the_codes_hold(monkeypatch, tmp_path):
     assert picture.shape == (1, 32, 32, 3) and picture.min() >= 0 and picture.max() <= 1
 
 
-@pytest.mark.parametrize("config", [{"size": "huge"}, {"codes": 3}, {"adversarial": "yes"}], ids=str)
+@pytest.mark.parametrize("config", [{"size": "huge"}, {"size": ["lab"]}, {"codes": 3}, {"adversarial": "yes"}, {"seed": "a"}], ids=str)
 def test_new_ones_say_what_they_take(config):
     with pytest.raises(ValueError, match="a new degradation tokenizer takes size"):
         kinds.new_weights("degradation_tokenizer", Models(), config)

@@ -1,10 +1,14 @@
-"""The lab's degradation tokenizer and estimator: trained by the pack's own loop, in runs that go on where they stopped, and measured.
+"""`python dev bench degradation_tokenizer`: the lab's degradation tokenizer and estimator, trained by the pack's own loop, and measured.
+
+Runs go on where they stopped.
 
 Both learn what dev/bench/degradation_space.py needs: haze, rain, low light, blur, noise and JPEG at the levels of degradations/scales.py.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -20,9 +24,11 @@ headless.boot()
 from ...degradations.recipe import Recipe  # noqa: E402 - after boot
 from ...degradations.scales import SCALES, Scale, recipe_of  # noqa: E402
 from ...degradations.visual_ground import visual_ground  # noqa: E402
+from ...lab.photographs import TRAINING, training_photographs  # noqa: E402
 from ...model_patches import degradation_tokenizer as tokenizer  # noqa: E402
 from ...model_patches.degradation_estimator import findings  # noqa: E402
-from ...model_patches.weights_file import Weights, save_weights  # noqa: E402
+from ...model_patches.degraded_picture import reframed  # noqa: E402
+from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
 from ...training import kinds  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.degradation_estimator import new_estimator  # noqa: E402
@@ -37,9 +43,12 @@ from . import report  # noqa: E402
 from .adapter import HOME, Watcher, training_pictures  # noqa: E402
 
 NODE = "python dev bench"
+STEPS, ESTIMATOR_STEPS = 900, 500
 BATCH, RATE, EMA = 4, 2e-3, 0.99
 ESTIMATOR_BATCH, ESTIMATOR_RATE, ESTIMATOR_CROP = 16, 2e-3, 128
 RUNS = HOME / "bench" / "tokenizer"
+FILES = {kind: report.PACK / "lab" / "trained" / f"{kind}.safetensors" for kind in ("degradation_tokenizer", "degradation_estimator")}
+FEW, PHOTOGRAPH = ("astronaut.png", "chelsea.png", "rocket.jpg"), 256
 
 
 @dataclass(frozen=True)
@@ -170,3 +179,48 @@ def _trained(weights: Weights, plan: Plan, folder: Path, name: str) -> Weights:
     run = open_run(folder, name, describe_run(trainee, pairs, models, settings), plan.steps)
     result = train(trainee, pairs, models, settings, run, _Timed(name, plan.minutes))
     return Weights(weights.kind, weights.family, trainee.config, result.tensors, f"{name} after {result.step} steps")
+
+
+def measured(codes: Weights, estimator: Weights, pictures: list[Tensor]) -> dict[str, float]:
+    """Return the figures of both, by name."""
+    whole = any(name.startswith(tokenizer.DECODER) for name in codes.tensors)
+    rebuilt = {f"charts, {name}": value for name, value in reconstruction(codes).items()} if whole else {}
+    told = {f"nearest instruction, {name}": value for name, value in separation(codes).items()}
+    return rebuilt | told | {f"estimator, {name}": value for name, value in estimated(estimator, pictures).items()}
+
+
+def main() -> None:
+    """Train both, or take the pack's own, and print codes in use, how well instructions and estimates tell damage apart."""
+    parser = argparse.ArgumentParser(prog="python dev bench degradation_tokenizer", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="measure the committed weights, on a few photographs")
+    parser.add_argument("--json", action="store_true", help="end with the figures as one line of JSON")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of the tokenizer")
+    parser.add_argument("--estimator-steps", type=int, default=ESTIMATOR_STEPS, help="training steps of the estimator")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of training each, after which to stop with what is reached; the same command goes on")
+    parser.add_argument("--publish", action="store_true", help="store both as the pack's own weights")
+    options = parser.parse_args()
+    if options.quick:
+        codes, estimator = (load_weights(file) for file in FILES.values())
+    else:
+        codes = train_tokenizer(options.steps, minutes=options.minutes)
+        estimator = train_estimator(halved(codes), options.estimator_steps, minutes=options.minutes)
+    pictures = photographs(FEW if options.quick else TRAINING)
+    found = measured(codes, estimator, pictures)
+    report.say(f"{codes.name} and {estimator.name}, on {len(pictures)} training photographs:")
+    for name, value in found.items():
+        report.say(f"  {name}: {value:.3g}")
+    if options.publish and not options.quick:
+        for weights in (codes, estimator):
+            publish(weights, FILES[weights.kind])
+    if options.json:
+        report.say(json.dumps(found))
+
+
+def photographs(names: tuple[str, ...]) -> list[Tensor]:
+    """Return the middles of photographs, (H, W, 3): the estimator has learned from crops of them, with other damage."""
+    known = training_photographs()
+    return [reframed(known[name].movedim(0, -1)[None], (PHOTOGRAPH, PHOTOGRAPH))[0] for name in names]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Detail experts on the lab's VAE: what they add to a plain decode, after which restorer, how they share the work, and what they cost.
 
-`python dev bench detail_experts` trains the experts alone and measures them on latents of clean photographs. What they add after restorers, and
-what others reach with their budget, are rows of `python dev bench unildiff`.
+`python dev bench detail_experts` trains the experts alone and measures them on latents of clean photographs and, if asked, after LD-RPS. What they
+add after fusion, and what others reach with their budget, are rows of `python dev bench unildiff`.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def shares_table(found: list[dict[str, Any]]) -> str:
 
 FULL_VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2,
             "attn_resolutions": [], "dropout": 0.0}
-COST_SIDE, COST_REPEATS = 256, 3
+COST_SIDE, COST_REPEATS = 192, 3
 COSTS = ("decode", "parameters", "gmac", "of_plain", "seconds", "time_of_plain")
 
 
@@ -324,21 +324,26 @@ def _digest(trainee: Trainee) -> str:
 
 # On its own
 
-COLUMNS = ("decode", "task", "n", "seeds", "psnr", "psnr_std", "gain", "ssim", "haarpsi", "gmsd")
+COLUMNS = ("method", "decode", "task", "n", "seeds", "psnr", "psnr_std", "gain", "ssim", "haarpsi", "gmsd")
 INTRODUCTION = """## Detail experts alone: `python dev bench detail_experts`
 
 A small-scale reproduction on the lab's VAE (lab/README.md): experts of size {size}, {steps} steps of {batch} crops of {crop} px, learning rate {rate:g}, from
-pictures with one of the damages {tasks}. They decode latents of the clean photographs, the best that a restorer could leave, and see the damaged ones.
+pictures with one of the damages {tasks}. They see the damaged photographs, and decode latents "of the clean picture", the best that a restorer could
+leave, or those of LD-RPS with the recipes of `python dev bench ld_rps` for the three tasks that have one (`--after`, with its number of seeds).
 The column gain is PSNR less that of the plain decode of the same latents, in dB; GMSD is better when smaller. Four scenes, {seeds} seed(s), never trained on.
 """
 
 
-def clean_tables(trainee: DetailExpertsTrainee, models: Models, results: report.Results, scenes: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """Measure attached experts on latents of clean photographs: figures by task with their means, who worked where, and the cost."""
-    found = rows(results, models, trainee, "of the clean picture", clean_latents(models, scenes), scenes, seeds)
-    for decode in ("plain", EXPERTS):
-        own = [row for row in found if row["decode"] == decode]
-        found.append({"decode": decode, "task": "mean", **{name: sum(row[name] for row in own) / len(own) for name in ("psnr", "gain", "ssim", "haarpsi", "gmsd")}})
+def own_tables(trainee: DetailExpertsTrainee, models: Models, results: report.Results, options: argparse.Namespace) -> list[str]:
+    """Measure attached experts: figures by restorer and task with their means, who worked where, and the cost."""
+    scenes = options.scenes
+    found = rows(results, models, trainee, "of the clean picture", clean_latents(models, scenes), scenes, options.seeds)
+    for kind in options.after:
+        found += rows(results, models, trainee, f"LD-RPS, {kind}", zero_shot_latents(kind), scenes, options.seeds[:options.after_seeds], zero_shot_digest())
+    for method, decode in dict.fromkeys((row["method"], row["decode"]) for row in found):
+        own = [row for row in found if (row["method"], row["decode"]) == (method, decode)]
+        means = {name: sum(row[name] for row in own) / len(own) for name in ("psnr", "gain", "ssim", "haarpsi", "gmsd")}
+        found.append({"method": method, "decode": decode, "task": "mean", **means})
     return [report.markdown(found, COLUMNS), "Which expert worked on how much of the pictures:\n", shares_table(shares(trainee, models, scenes)),
             f"One decode at the size of SD's AutoencoderKL, random weights, {COST_SIDE} px, one processor core:\n", cost_table(cost_rows())]
 
@@ -354,20 +359,23 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true", help="print the cost of a decode, and train nothing")
     parser.add_argument("--scenes", nargs="+", default=list(SCENES), choices=list(SCENES))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--after", nargs="*", default=[], choices=["unet", "dit"], help="decode after LD-RPS on these priors, too")
+    parser.add_argument("--after-seeds", type=int, default=len(SEEDS), help="seeds of that: a sampling takes about half a minute")
     options = parser.parse_args()
     if options.cost:
         report.say(cost_table(cost_rows()))
         return
-    models, scenes, seeds = lab_models(), tuple(options.scenes), SEEDS[:options.seeds]
+    options.scenes, options.seeds = tuple(options.scenes), SEEDS[:options.seeds]
+    models = lab_models()
     trainee = trained(EXPERTS, models, options.steps, options.pictures, options.rate, options.crop)
     if options.publish:
         publish(trainee)
     with attached(trainee, models):
-        parts = clean_tables(trainee, models, report.Results(report.results_file("detail_experts")), scenes, seeds)
+        parts = own_tables(trainee, models, report.Results(report.results_file("detail_experts")), options)
     report.say("\n".join(parts))
-    if (scenes, seeds, options.pictures) == (tuple(SCENES), SEEDS, None):
+    if (options.scenes, options.seeds, options.pictures) == (tuple(SCENES), SEEDS, None):
         introduction = INTRODUCTION.format(size=SIZE, steps=options.steps, batch=BATCH, crop=options.crop, rate=options.rate, tasks=", ".join(TASKS),
-                                           seeds=len(seeds))
+                                           seeds=len(options.seeds))
         report.write_section("detail_experts", "\n".join([introduction, *parts]))
 
 

@@ -43,7 +43,7 @@ class Layout:
     ffn: int
 
 
-SIZES = {"full": Layout(1, 4), "lite": Layout(2, 2)}
+SIZES = {"lite": Layout(2, 2), "full": Layout(1, 4)}
 
 
 class ChannelAttention(nn.Module):

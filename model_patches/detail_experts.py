@@ -25,7 +25,7 @@ LEAST_LIKENESS = 0.5
 LATENTS = ("mix", "clean", "degraded")
 
 
-def new_weights(vae: "VAE", size: str = "full", window: int = 128, seed: int = 0, latents: str = "mix", perceptual: float = 0.5) -> Weights:
+def new_weights(vae: "VAE", size: str = "lite", window: int = 128, seed: int = 0, latents: str = "mix", perceptual: float = 0.5) -> Weights:
     """Make untrained experts for a VAE, which leave its pictures as they are.
 
     Args:

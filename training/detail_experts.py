@@ -33,7 +33,7 @@ LATENT_NOISE = 0.1
 CALMER_AFTER, LEAST_DEVIATION = 300, 0.02
 # What a mix leaves in at most, and the cells about each that its fine structure is told apart from.
 MOST_LEFT, AROUND = 0.5, 5
-DEFAULTS = {"size": "full", "window": 128, "seed": 0, "latents": "mix", "perceptual": 0.5}
+DEFAULTS = {"size": "lite", "window": 128, "seed": 0, "latents": "mix", "perceptual": 0.5}
 
 
 def new_experts(models: Models, config: Mapping[str, Any]) -> Weights:

@@ -1,6 +1,6 @@
-"""Train without the node editor: python -m mend.training CONFIG.
+"""Train without the node editor: python custom_nodes/NAME/training CONFIG, under whatever name the pack is installed.
 
-With the pack installed under any name: python custom_nodes/NAME/training CONFIG. `accelerate launch` and torchrun start it the same two ways.
+Where it can be imported as mend, python -m mend.training CONFIG does the same. For `accelerate launch` and torchrun see docs/training.md.
 """
 
 import importlib.util

@@ -118,7 +118,7 @@ class LogObserver:
 
 def main(arguments: Sequence[str]) -> int:
     """Read the command line, train, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mend.training", description="Train weights of Mend as a TOML or JSON file says.")
+    parser = argparse.ArgumentParser(prog="python custom_nodes/NAME/training", description="Train weights of Mend as a TOML or JSON file says.")
     parser.add_argument("config", type=Path, help="the configuration file; paths in it are relative to its folder")
     file = parser.parse_args(arguments).config
     rank = int(os.environ.get("RANK", "0"))

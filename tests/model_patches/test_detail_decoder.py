@@ -311,12 +311,12 @@ def test_video_vaes_are_refused():
 
 def test_damaged_files_are_refused():
     vae = made("kl")
-    weights = new_weights(vae)
+    weights = new_weights(vae, "full")
     tensors = {name: tensor for name, tensor in weights.tensors.items() if not name.endswith("at_4.leave.weight")}
     with pytest.raises(ValueError, match="daem.sites.at_4.leave.weight is missing, expected 32x32x1x1. The file is incomplete"):
         check_fit(Weights(weights.kind, weights.family, weights.config, tensors), vae, NODE)
     for config in ({"size": "huge", "window": 64}, {"size": "full", "window": 60}, {"size": "full"}):
-        with pytest.raises(ValueError, match="describes itself as .*, and a size \\(full, lite\\) and a window"):
+        with pytest.raises(ValueError, match="describes itself as .*, and a size \\(lite, full\\) and a window"):
             check_fit(Weights(weights.kind, weights.family, config, weights.tensors), vae, NODE)
     broken = weights.tensors | {"daem.sites.at_4.leave.weight": torch.full((32, 32, 1, 1), torch.nan)}
     with pytest.raises(ValueError, match="holds numbers that are not finite"):

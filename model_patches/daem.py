@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .experts import DEVIATION, KERNELS, Expert, Routed, Router, normalised, size_of
+from .experts import KERNELS, Expert, Routed, Router, normalised, size_of
 from .first_weights import fill
 from .host import cast_like
 from .vae_sites import VaeSite
@@ -109,8 +109,7 @@ class DAEM(nn.Module):
         self.leave = operations.Conv2d(width, site.channels, 1, **factory)
         self.outer = nn.Parameter(torch.empty((), **factory))
 
-    def forward(self, x: Tensor, skip: Tensor, strength: float = 1.0, noise: Tensor | None = None,
-                deviation: float = DEVIATION) -> tuple[Tensor, Routed]:
+    def forward(self, x: Tensor, skip: Tensor, strength: float = 1.0, noise: Tensor | None = None) -> tuple[Tensor, Routed]:
         """Return x with detail added, and who did it.
 
         Args:
@@ -118,13 +117,12 @@ class DAEM(nn.Module):
             skip: (B, skip channels, h, w) of the encoder, of the degraded picture.
             strength: of what is added.
             noise: for the router, in training.
-            deviation: of that noise.
         """
         windows = Windows(self.window, (x.shape[2], x.shape[3]))
         h = self.enter(normalised(x)) + self.skip(normalised(skip))
         own = normalised(h)
         s = h + self.shared(own, own, windows)
-        routed = self.router(own, windows, noise, deviation)
+        routed = self.router(own, windows, noise)
         y = self._detailed(h, s, routed, windows)
         y = y + self.cross(normalised(y), normalised(s), windows)
         y = y + self.ffn(normalised(y))

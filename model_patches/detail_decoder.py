@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .daem import DetailExperts
 from .detail_experts import check_fit, inference_patcher
-from .experts import DEVIATION, KERNELS, Routed
+from .experts import KERNELS, Routed
 from .framing import pad_to
 from .host import decode_with
 from .vae_sites import VaeSite, decoder_layer, skips
@@ -38,12 +38,10 @@ class ExpertRun:
         seen: the encoder's features of the degraded pictures, by the names of sites.
         strength: of what they add.
         noise: for the routers, in training.
-        deviation: of that noise.
     """
 
-    def __init__(self, network: DetailExperts, seen: dict[str, Tensor], strength: float = 1.0, noise: Noise | None = None,
-                 deviation: float = DEVIATION) -> None:
-        self.network, self.seen, self.strength, self.noise, self.deviation = network, seen, strength, noise, deviation
+    def __init__(self, network: DetailExperts, seen: dict[str, Tensor], strength: float = 1.0, noise: Noise | None = None) -> None:
+        self.network, self.seen, self.strength, self.noise = network, seen, strength, noise
         self.routed: dict[str, Routed] = {}
 
     @contextmanager
@@ -60,7 +58,7 @@ class ExpertRun:
         def add(_: nn.Module, args: tuple, x: Tensor) -> Tensor:
             daem = self.network.sites[name]
             noise = None if self.noise is None else self.noise(name, Windows(daem.window, (x.shape[2], x.shape[3])))
-            x, self.routed[name] = daem(x, self.seen[name], self.strength, noise, self.deviation)
+            x, self.routed[name] = daem(x, self.seen[name], self.strength, noise)
             return x
 
         return add

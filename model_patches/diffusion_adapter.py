@@ -4,8 +4,8 @@ It learns as parallel branches on the layers' outputs and is stored in the host'
 host keeps q, k and v in one layer, each has factors of its own; the file holds them packed block-wise into one pair of rank 3 r.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,16 +84,9 @@ class DiffusionAdapter(nn.Module):
                     down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=generator))
                     up.zero_()
 
-    @contextmanager
-    def hooked(self, model: "BaseModel") -> Iterator[None]:
+    def hooked(self, model: "BaseModel") -> AbstractContextManager[None]:
         """Add the branches to the model's layers for as long as the context is open."""
-        layers = dict(model.diffusion_model.named_modules())
-        handles = [layers[path].register_forward_hook(_branch(self.layers[_name(path)])) for path in self.paths]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return branched(model, {path: _branch(self.layers[_name(path)]) for path in self.paths})
 
     def native(self) -> dict[str, Tensor]:
         """Return the factors under the host's keys; alpha makes the scale 1."""
@@ -108,6 +101,18 @@ class DiffusionAdapter(nn.Module):
         """Take back what `native` returned."""
         for path in self.paths:
             self.layers[_name(path)].unpack(tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"])
+
+
+@contextmanager
+def branched(model: "BaseModel", branches: Mapping[str, Callable[[nn.Module, Tensor], Tensor]]) -> Iterator[None]:
+    """Add branch(layer, x) to the outputs of layers, named by their paths in the denoiser, for as long as the context is open."""
+    layers = dict(model.diffusion_model.named_modules())
+    handles = [layers[path].register_forward_hook(_added(branch)) for path, branch in branches.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def lora_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,8 +145,9 @@ def _name(path: str) -> str:
     return path.replace(".", "-")
 
 
-def _branch(lora: LoraLayer):  # noqa: ANN202
-    def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        return out + lora(args[0], out.shape[-1])
+def _branch(lora: LoraLayer) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda layer, x: lora(x, layer.out_features)
 
-    return add
+
+def _added(branch: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    return lambda layer, args, out: out + branch(layer, args[0])

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from .window_grid import Windows
 
 KERNELS = (3, 5, 7, 9)
-# Of the noise with which routers learn.
-DEVIATION = 1 / len(KERNELS)
 # Under roots, for places where all channels are zero.
 EPSILON = 1e-6
 
@@ -91,11 +89,13 @@ class Routed:
     Attributes:
         weights: the chosen expert's probability, 0 for the others.
         chosen: 1 for the chosen expert, 0 for the others.
+        probabilities: of all, without noise.
         load: how likely each would be chosen under new noise; None without noise.
     """
 
     weights: Tensor
     chosen: Tensor
+    probabilities: Tensor
     load: Tensor | None
 
 
@@ -104,7 +104,7 @@ class Router(nn.Module):
 
     Args:
         width: of the features.
-        experts: to choose from.
+        experts: to choose from; the noise deviates by 1 / experts.
     """
 
     def __init__(self, width: int, experts: int, operations: Any, **factory: Any) -> None:
@@ -115,16 +115,17 @@ class Router(nn.Module):
         self.embed = operations.Linear(2 * width, width, **factory)
         self.frequency = operations.Linear(width, experts, **factory)
 
-    def forward(self, x: Tensor, windows: Windows, noise: Tensor | None = None, deviation: float = DEVIATION) -> Routed:
-        """Route (B, width, h, w); noise is standard normal, (B, experts, rows, columns), and is made as large as `deviation`."""
+    def forward(self, x: Tensor, windows: Windows, noise: Tensor | None = None) -> Routed:
+        """Route (B, width, h, w); noise is standard normal, (B, experts, rows, columns)."""
         content, high = windows.mean(x).movedim(1, -1), windows.mean(F.gelu(laplacian(x))).movedim(1, -1)
         embedding = self.embed(F.gelu(self.detail(high)))
         logits = (self.content(content) + self.frequency(embedding)).movedim(-1, 1).float()
+        deviation = 1 / self.experts
         noisy = logits if noise is None else logits + noise.to(logits) * deviation
         chosen = F.one_hot(noisy.argmax(1), self.experts).movedim(-1, 1).to(logits)
         weights = noisy.softmax(1) * chosen
         load = None if noise is None else _load(logits, noisy, deviation)
-        return Routed(weights.to(x.dtype), chosen.to(x.dtype), load)
+        return Routed(weights.to(x.dtype), chosen.to(x.dtype), logits.softmax(1), load)
 
 
 def _load(logits: Tensor, noisy: Tensor, deviation: float) -> Tensor:
@@ -136,7 +137,7 @@ def _load(logits: Tensor, noisy: Tensor, deviation: float) -> Tensor:
 
 def balance(routed: Routed) -> Tensor:
     """The auxiliary loss: 0.5 CV^2 of the experts' importance and 0.5 CV^2 of their load, over all windows of a batch."""
-    loss = 0.5 * _variation(routed.weights)
+    loss = 0.5 * _variation(routed.probabilities)
     return loss if routed.load is None else loss + 0.5 * _variation(routed.load)
 
 

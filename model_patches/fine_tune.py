@@ -4,15 +4,14 @@ The differences learn as parallel branches on the layers' outputs, like a LoRA, 
 host applies them like a LoRA file.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .diffusion_adapter import PREFIX
+from .diffusion_adapter import PREFIX, branched
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -57,16 +56,9 @@ class FineTune(nn.Module):
         self.paths = tuple(found)
         self.differences = nn.ModuleList(found.values())
 
-    @contextmanager
-    def hooked(self, model: "BaseModel") -> Iterator[None]:
+    def hooked(self, model: "BaseModel") -> AbstractContextManager[None]:
         """Add the differences to the model's layers for as long as the context is open."""
-        layers = dict(model.diffusion_model.named_modules())
-        handles = [layers[path].register_forward_hook(_branch(difference)) for path, difference in zip(self.paths, self.differences)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return branched(model, dict(zip(self.paths, self.differences)))
 
     def native(self) -> dict[str, Tensor]:
         """Return the differences under the host's keys."""
@@ -82,10 +74,3 @@ class FineTune(nn.Module):
         with torch.no_grad():
             for name, own in self.native().items():
                 own.copy_(tensors[name])
-
-
-def _branch(difference: Difference) -> Any:
-    def add(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        return out + difference(layer, args[0])
-
-    return add

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .anatomy import Anatomy, anatomy_of
 from .blocks import changed_picture, visit_entry
 from .conditioned_patch import ConditionedPatch
+from .config_values import whole_number
 from .daff import DAFF, PRESETS, initialise, layout_of
 from .diffusion_adapter import DiffusionAdapter, new_lora
 from .fit import check_family, check_finite, check_shapes
@@ -85,7 +86,7 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
     anatomy = check_family(weights, KIND, model, node)
     config = weights.config
     numbers = [config.get("features"), config.get("rank")]
-    whole = all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers)
+    whole = all(map(whole_number, numbers))
     if config.get("preset") not in PRESETS or not isinstance(config.get("single"), bool) or not whole or not numbers[0]:
         raise ValueError(f"{node}: {weights.name} describes itself as {config}, and a preset ({', '.join(PRESETS)}), features, single and "
                          "a rank were expected. Update the pack, or save the file again.")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import comfy.utils
+
 from .folders import PUBLISHED
 from .learned_prompt import KIND
 from .weights_file import Weights, load_weights
@@ -35,7 +37,7 @@ def load_published(file: Path) -> Weights:
     if not file.is_file():
         raise ValueError(f"there is no file {file.name}. Put it into models/mend, or choose another.")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = comfy.utils.load_torch_file(str(file), safe_load=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file.name} is not a published learned prompt, or only a part of one ({reason}). Of .pt files this pack reads "

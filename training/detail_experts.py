@@ -18,7 +18,7 @@ from ..model_patches import folders
 from ..model_patches.daem import SIZES, DetailExperts
 from ..model_patches.detail_decoder import ExpertRun
 from ..model_patches.detail_experts import DAEM, LARGEST_WINDOW, LATENTS, SIGNATURE, WINDOW_STEP, check_fit, new_weights
-from ..model_patches.experts import DEVIATION, KERNELS, balance
+from ..model_patches.experts import KERNELS, balance
 from ..model_patches.host import float_copy, trained_operations
 from ..model_patches.perceptual import Perceptual, vgg16_weights
 from ..model_patches.vae_sites import skips
@@ -29,8 +29,6 @@ from .trainee import NODE, Batch, Models
 SSIM_WEIGHT, BALANCE_WEIGHT, SSIM_WINDOW = 0.2, 0.01, 11
 # Latents are never quite clean: a restorer's differ by noise of up to this part of their deviation.
 LATENT_NOISE = 0.1
-# The steps in which the routers' noise falls to half, and what remains of it.
-CALMER_AFTER, LEAST_DEVIATION = 300, 0.02
 # What a mix leaves in at most, and the cells about each that its fine structure is told apart from.
 MOST_LEFT, AROUND = 0.5, 5
 DEFAULTS = {"size": "lite", "window": 128, "seed": 0, "latents": "mix", "perceptual": 0.5}
@@ -71,11 +69,6 @@ class DetailExpertsTrainee:
         self.signature = weights.tensors[SIGNATURE]
         self.network = DetailExperts(self.anatomy.sites, self.config["size"], self.config["window"], trained_operations)
         self.load_state_dict(weights.tensors)
-        self.deviation = DEVIATION
-
-    def at_step(self, step: int) -> None:
-        """Choose with less and less noise. Under noise experts take turns whatever routers say, and balance asks for no more than that."""
-        self.deviation = max(LEAST_DEVIATION, DEVIATION * 0.5 ** (step / CALMER_AFTER))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the experts' parameters."""
@@ -137,8 +130,7 @@ class DetailExpertsTrainee:
         """Return unclamped pictures (B, 3, H, W) and who worked on them; with generators, routing is as random as in training."""
         with torch.no_grad():
             seen = skips(self.module, self.vae.process_input(self._pixels(degraded)))
-        noise = None if generators is None else _noise(generators, self.device)
-        run = ExpertRun(self.network, seen, noise=noise, deviation=self.deviation)
+        run = ExpertRun(self.network, seen, noise=None if generators is None else _noise(generators, self.device))
         with run.behind(self.module, self.anatomy.sites):
             return self.module.decode(latents) / 2 + 0.5, run
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model_patches.config_values import whole_number
 from ..model_patches.daff import PRESETS
 from ..model_patches.diffusion_adapter import DiffusionAdapter
 from ..model_patches.encoder_features import feature_channels
@@ -39,7 +40,7 @@ def fresh_fusion(models: Models, config: Mapping[str, Any]) -> Weights:
         ValueError: for other entries or presets, for missing models, and for a file that does not fit.
     """
     given = NEW | dict(config)
-    numbers = all(isinstance(given[name], int) and not isinstance(given[name], bool) and given[name] >= 0 for name in ("rank", "seed"))
+    numbers = all(whole_number(given[name]) for name in ("rank", "seed"))
     if given.keys() - NEW.keys() or given["preset"] not in PRESETS or not numbers:
         raise ValueError(f"a new fusion takes preset ({', '.join(PRESETS)}), rank, seed, train_encoder, single and start; "
                          f"found {dict(config)}.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..model_patches import prompt_conditioning
 from ..model_patches.anatomy import anatomy_of
+from ..model_patches.config_values import whole_number
 from ..model_patches.errors import telling
 from ..model_patches.evaluation_hooks import EvaluationHooks
 from ..model_patches.host import for_training, sample_schedule, with_text_length
@@ -66,9 +67,8 @@ def _fresh(models: Models, config: Mapping[str, Any], what: str, own: tuple[str,
     if unknown:
         raise ValueError(f"a new {what} takes {', '.join(known)}; found {', '.join(unknown)}.")
     for name in own:
-        number = config.get(name, 0)
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ValueError(f"{name} of a new {what} is {number!r}; give a whole number from 0 on.")
+        if not whole_number(config.get(name, 0)):
+            raise ValueError(f"{name} of a new {what} is {config[name]!r}; give a whole number from 0 on.")
     if models.model is None:
         raise ValueError(f"a new {what} needs a model.")
     bridge.path(models.model.get_model_object("model_sampling"))

@@ -34,7 +34,7 @@ from ...model_patches.host import gradients  # noqa: E402
 from ...model_patches.vae_sites import skips, vae_anatomy  # noqa: E402
 from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
-from ...training.detail_experts import CALMER_AFTER, DetailExpertsTrainee  # noqa: E402
+from ...training.detail_experts import DetailExpertsTrainee  # noqa: E402
 from ...training.loop import describe_run, train  # noqa: E402
 from ...training.pairs import Pairs  # noqa: E402
 from ...training.settings import Settings  # noqa: E402
@@ -94,7 +94,7 @@ def trained(method: str, models: Models, steps: int = STEPS, pictures: Path | No
     trainee = makers[method]()
     pairs = Pairs(good_folder(pictures or training_pictures()), list(TASKS.values()), crop=crop)
     settings = Settings(steps=steps, batch=BATCH, rate=rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0)
-    description = {**describe_run(trainee, pairs, models, settings), "method": method, "routers calm down after": CALMER_AFTER}
+    description = {**describe_run(trainee, pairs, models, settings), "method": method}
     folder = open_run(HOME / "bench" / "experts", f"{method} {rate:g}".replace(",", ""), description, steps)
     result = train(trainee, pairs, models, settings, folder, Watcher(method))
     trainee.load_state_dict(result.tensors)

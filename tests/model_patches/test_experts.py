@@ -40,8 +40,7 @@ def test_one_expert_works_in_each_window():
     routed = router()(noise(3, 16, 8, 12), windows)
     assert routed.weights.shape == (3, 4, 2, 3) and routed.load is None
     assert ((routed.weights > 0).sum(1) == 1).all() and (routed.chosen.sum(1) == 1).all()
-    # The largest of four shares.
-    assert (routed.weights.sum(1) >= 0.25).all() and (routed.weights < 1).all()
+    torch.testing.assert_close(routed.weights.sum(1), routed.probabilities.amax(1))
     assert torch.equal(routed.weights > 0, routed.chosen > 0)
 
 
@@ -53,8 +52,6 @@ def test_routing_is_as_random_as_its_noise():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     plain = [chooses(x, windows).chosen for _ in range(2)]
     assert torch.equal(*plain)
-    calm = chooses(x, windows, noise(1, 4, 8, 8, seed=1), deviation=1e-6).chosen
-    assert torch.equal(calm, plain[0]) and not torch.equal(drawn[0], plain[0])
 
 
 def test_load_is_the_chance_of_being_chosen():
@@ -70,7 +67,7 @@ def test_load_is_the_chance_of_being_chosen():
 
 def test_balance_is_zero_for_equal_work_and_high_for_one_worker():
     def routed(shares):
-        return Routed(shares, shares, shares)
+        return Routed(shares, shares, shares, shares)
 
     even = torch.full((2, 4, 3, 3), 0.25)
     alone = torch.zeros(2, 4, 3, 3)

@@ -102,18 +102,6 @@ def test_a_fresh_one_starts_at_its_last_layer(monkeypatch):
     assert opened == {f"sites.at_{scale}.leave.{part}" for scale in (4, 2, 1) for part in ("weight", "bias")}
 
 
-def test_the_choice_of_experts_calms_down(monkeypatch):
-    models, heard = given(), []
-    trainee = trainee_of(fresh(models, perceptual=0.0), models)
-    draw = detail_experts.ExpertRun
-    monkeypatch.setattr(detail_experts, "ExpertRun", lambda *args, **more: (heard.append(more["deviation"]), draw(*args, **more))[1])
-    with gradients(), trainee.attach(models):
-        for step in (0, 300, 600, 100_000):
-            trainee.at_step(step)
-            trainee.loss(batch(), generators(2))
-    assert heard == [0.25, 0.125, 0.0625, 0.02]
-
-
 def test_steps_lower_the_loss_and_leave_the_vae():
     models = given()
     before = state(models)

@@ -149,10 +149,10 @@ def test_published_files_are_listed_loaded_and_saved_as_files_of_the_pack(run_pr
 
 
 def test_other_pt_files_are_refused_by_name(run_prompt, models):
-    torch.save({"state_dict": {}}, models / "unet.pt")
+    torch.save({"state_dict": {"out.weight": torch.zeros(1)}}, models / "unet.pt")
     folder_paths.filename_list_cache.pop(folders.MEND, None)
     message = failure(run_prompt, {"load": node("MendLoadWeights", file="unet.pt"), "out": node("TestCapture", value=["load", 0])}, {})
-    assert "Load Mend Weights: unet.pt is not a published learned prompt: it holds state_dict" in message
+    assert "Load Mend Weights: unet.pt is not a published learned prompt: it holds out.weight, and" in message
 
 
 @pytest.mark.parametrize(("told_too", "guidance"), [({}, 1.0), ({"guidance": 3.5}, 3.5)])

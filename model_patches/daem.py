@@ -153,8 +153,5 @@ class DetailExperts(nn.Module):
 
 
 def initialise(network: DetailExperts, generator: torch.Generator) -> None:
-    """Fill the weights, which the host's layers leave empty: as torch would, but zero where a branch ends.
-
-    Routers too start without a preference: what features have in common is larger than what they differ in, and would choose one expert for all.
-    """
-    fill(network, generator, zero=("leave", "zero", "zero2", "content", "frequency"), one=("outer", "temperature"))
+    """Fill the weights, which the host's layers leave empty: as torch would, but zero where a branch ends."""
+    fill(network, generator, zero=("leave", "zero", "zero2"), one=("outer", "temperature"))

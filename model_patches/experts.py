@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .host import cast_like
 from .window_grid import Windows
 
 KERNELS = (3, 5, 7, 9)
+# How fast a router in training follows the mean and deviation of what it sees, a part a step.
+FOLLOWING = 0.05
 # Under roots, for places where all channels are zero.
 EPSILON = 1e-6
 
@@ -102,6 +105,9 @@ class Routed:
 class Router(nn.Module):
     """Top-1 of Softmax(W x + xi), where x are the mean and the high frequencies of a window and xi is noise in training.
 
+    x is standardised: less its mean over the windows of training, by its deviation. What features have in common is far larger than what they
+    differ in and would choose one expert for all of them; and noise as large as the paper's would hide that until it is gone.
+
     Args:
         width: of the features.
         experts: to choose from; the noise deviates by 1 / experts.
@@ -114,18 +120,29 @@ class Router(nn.Module):
         self.detail = operations.Linear(width, 2 * width, **factory)
         self.embed = operations.Linear(2 * width, width, **factory)
         self.frequency = operations.Linear(width, experts, **factory)
+        self.register_buffer("mean", torch.zeros(2 * width, **factory))
+        self.register_buffer("deviation", torch.ones(2 * width, **factory))
 
     def forward(self, x: Tensor, windows: Windows, noise: Tensor | None = None) -> Routed:
-        """Route (B, width, h, w); noise is standard normal, (B, experts, rows, columns)."""
+        """Route (B, width, h, w); noise is standard normal, (B, experts, rows, columns), and what is routed with it is learned from."""
         content, high = windows.mean(x).movedim(1, -1), windows.mean(F.gelu(laplacian(x))).movedim(1, -1)
-        embedding = self.embed(F.gelu(self.detail(high)))
-        logits = (self.content(content) + self.frequency(embedding)).movedim(-1, 1).float()
-        deviation = 1 / self.experts
-        noisy = logits if noise is None else logits + noise.to(logits) * deviation
+        seen = torch.cat([content, self.embed(F.gelu(self.detail(high)))], -1)
+        if noise is not None:
+            self._follow(seen.detach())
+        content, frequency = ((seen - cast_like(self.mean, seen)) / (cast_like(self.deviation, seen) + EPSILON)).chunk(2, -1)
+        logits = (self.content(content) + self.frequency(frequency)).movedim(-1, 1).float()
+        scale = 1 / self.experts
+        noisy = logits if noise is None else logits + noise.to(logits) * scale
         chosen = F.one_hot(noisy.argmax(1), self.experts).movedim(-1, 1).to(logits)
         weights = noisy.softmax(1) * chosen
-        load = None if noise is None else _load(logits, noisy, deviation)
+        load = None if noise is None else _load(logits, noisy, scale)
         return Routed(weights.to(x.dtype), chosen.to(x.dtype), logits.softmax(1), load)
+
+    def _follow(self, seen: Tensor) -> None:
+        """Take (B, rows, columns, 2 width) of a step of training into mean and deviation."""
+        rows = seen.flatten(0, -2).to(self.mean)
+        self.mean.lerp_(rows.mean(0), FOLLOWING)
+        self.deviation.copy_(self.deviation.square().lerp((rows - self.mean).square().mean(0), FOLLOWING).sqrt())
 
 
 def _load(logits: Tensor, noisy: Tensor, deviation: float) -> Tensor:

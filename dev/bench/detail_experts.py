@@ -49,7 +49,7 @@ from .scenes import SCENES  # noqa: E402
 from .zero_shot import Prior, restore  # noqa: E402
 
 # Crops of one window: what is learned is what a window does, and no time goes into fading.
-SIZE, WINDOW, CROP, BATCH, RATE, STEPS = "lite", 64, 64, 8, 1e-3, 1500
+SIZE, WINDOW, CROP, BATCH, RATE, STEPS = "lite", 64, 64, 8, 1e-3, 2000
 SEEDS = (0, 1, 2)
 TRAINED = report.PACK / "lab" / "trained"
 FILE = TRAINED / "detail_experts.safetensors"
@@ -94,7 +94,7 @@ def trained(method: str, models: Models, steps: int = STEPS, pictures: Path | No
     trainee = makers[method]()
     pairs = Pairs(good_folder(pictures or training_pictures()), list(TASKS.values()), crop=crop)
     settings = Settings(steps=steps, batch=BATCH, rate=rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0)
-    description = {**describe_run(trainee, pairs, models, settings), "method": method}
+    description = {**describe_run(trainee, pairs, models, settings), "method": method, "routing": "standardised inputs"}
     folder = open_run(HOME / "bench" / "experts", f"{method} {rate:g}".replace(",", ""), description, steps)
     result = train(trainee, pairs, models, settings, folder, Watcher(method))
     trainee.load_state_dict(result.tensors)

@@ -6,6 +6,7 @@ from torch import nn
 
 from mend.model_patches.daem import DAEM, SIZES, DetailExperts, initialise
 from mend.model_patches.experts import KERNELS, NAFBlock, Routed, Router, _load, balance, laplacian, normalised
+from mend.model_patches.first_weights import fill
 from mend.model_patches.vae_sites import VaeSite
 from mend.model_patches.window_grid import Windows
 
@@ -45,11 +46,11 @@ def test_one_expert_works_in_each_window():
 
 
 def test_routing_is_as_random_as_its_noise():
-    windows, x, chooses = Windows(4, (32, 32)), noise(1, 16, 32, 32), router()
-    with torch.no_grad():
-        chooses.content.weight.mul_(0.1), chooses.frequency.weight.mul_(0.1)
-    drawn = [chooses(x, windows, noise(1, 4, 8, 8, seed=seed)).chosen for seed in (1, 1, 2)]
+    windows, x = Windows(4, (32, 32)), noise(1, 16, 32, 32)
+    # Routers of their own: what is routed with noise is learned from.
+    drawn = [router()(x, windows, noise(1, 4, 8, 8, seed=seed)).chosen for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    chooses = router()
     plain = [chooses(x, windows).chosen for _ in range(2)]
     assert torch.equal(*plain)
 
@@ -75,6 +76,30 @@ def test_balance_is_zero_for_equal_work_and_high_for_one_worker():
     assert float(balance(routed(even))) == pytest.approx(0, abs=1e-6)
     # One of four: mean 1/4, variance 3/16, CV^2 3; half of it twice.
     assert float(balance(routed(alone))) == pytest.approx(3, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_share_the_work_without_noise_though_windows_have_most_in_common(seed):
+    windows, chooses = Windows(4, (32, 32)), Router(16, len(KERNELS), nn)
+    fill(chooses, torch.Generator().manual_seed(seed))
+    common = 3 * noise(1, 16, 1, 1, seed=9)
+    optimizer = torch.optim.Adam(chooses.parameters(), 1e-3)
+    for step in range(100):
+        optimizer.zero_grad()
+        balance(chooses(noise(2, 16, 32, 32, seed=100 + step) + common, windows, noise(2, 4, 8, 8, seed=step))).backward()
+        optimizer.step()
+    with torch.no_grad():
+        shares = chooses(noise(8, 16, 32, 32) + common, windows).chosen.mean((0, 2, 3))
+    assert shares.min() > 0.1 and shares.max() < 0.5, shares
+
+
+def test_only_training_moves_what_a_router_takes_for_usual():
+    chooses, windows = router(), Windows(4, (8, 8))
+    mean, deviation = chooses.mean.clone(), chooses.deviation.clone()
+    chooses(noise(1, 16, 8, 8), windows)
+    assert torch.equal(chooses.mean, mean) and torch.equal(chooses.deviation, deviation)
+    chooses(noise(1, 16, 8, 8), windows, noise(1, 4, 2, 2))
+    assert not torch.equal(chooses.mean, mean) and not torch.equal(chooses.deviation, deviation)
 
 
 def test_high_frequencies():
@@ -111,7 +136,7 @@ def test_every_parameter_learns(size):
     daem = opened(DAEM(SITE, SIZES[size], 8, nn), spread=0.2)
     x, skip = noise(4, 32, 16, 16), noise(4, 16, 16, 16, seed=1)
     # Noise that has every expert chosen somewhere.
-    xi = 40 * nn.functional.one_hot(torch.arange(64).reshape(4, 4, 4) % 4, 4).movedim(-1, 1).float()
+    xi = 100 * nn.functional.one_hot(torch.arange(64).reshape(4, 4, 4) % 4, 4).movedim(-1, 1).float()
     out, routed = daem(x, skip, noise=xi)
     assert set(routed.chosen.argmax(1).flatten().tolist()) == {0, 1, 2, 3}
     ((out - x).square().mean() + balance(routed)).backward()

@@ -89,7 +89,8 @@ class DetailExpertsTrainee:
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, float]]:
         """Decode latents as restorers leave them, and compare with the clean picture.
 
-        The balance of experts is that of the whole batch, so how samples are spread over batches counts a little.
+        The balance of experts is that of the whole batch, and so is what routers take for usual: how samples are spread over batches and
+        processes counts a little.
         """
         clean = self._pixels(batch.clean)
         with torch.no_grad():

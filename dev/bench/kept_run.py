@@ -27,7 +27,9 @@ class KeptRun:
 
     def __init__(self, file: Path, every: int = 20) -> None:
         self.file, self.every = file, every
-        self.saved = torch.load(file, weights_only=True) if file.exists() else None
+        # Optimisers go on with the very tensors they are given, and change them in place.
+        with torch.inference_mode(False):
+            self.saved = torch.load(file, weights_only=True) if file.exists() else None
         self.calls = [self.saved["calls"] if self.saved else 0]
         self.begun = time.perf_counter() - (self.saved["seconds"] if self.saved else 0.0)
         self.passes = 0

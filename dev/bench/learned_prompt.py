@@ -50,6 +50,11 @@ WORDS = {"noise": "smooth fine sharp", "lowlight": "bright balanced colourful", 
          MIXED: "contrasty colourful vivid smooth sharp"}  # fmt: skip
 SEEDS = (0, 1, 2)
 CROP, BATCH, STEPS, RATE = 128, 8, 600, 5e-2
+# What the lab's texts have; the plain form may have more.
+TOKENS = 16
+# Form, tokens and rate of what is tried to see whether larger prompts and larger steps do more.
+LARGER = (("bridge", TOKENS, RATE), ("bridge", TOKENS, 4 * RATE), ("plain form", TOKENS, 4 * RATE), ("plain form", 128, 4 * RATE),
+          ("plain form", 512, 4 * RATE))  # fmt: skip
 SAMPLING_STEPS = 20
 PROMPT, PLAIN = "learned_prompt", "learned_prompt_conditioning"
 # Kind and naive, by the name of what is trained.
@@ -89,11 +94,13 @@ class Run:
     degradation: str
     form: str
     rate: float
+    tokens: int = TOKENS
 
     @property
     def name(self) -> str:
         """A folder's name."""
-        return f"{self.prior} {self.degradation} {self.form} {self.rate:g}".replace("-", " ")
+        longer = f" {self.tokens} tokens" if self.tokens != TOKENS else ""
+        return f"{self.prior} {self.degradation} {self.form} {self.rate:g}{longer}".replace("-", " ")
 
 
 class Lab:
@@ -109,7 +116,7 @@ class Lab:
     def trained(self, run: Run) -> Weights:
         """Train, or go on, or take what an earlier run trained."""
         kind, naive = FORMS[run.form]
-        weights = new_weights(kind, self.models, {"naive": naive})
+        weights = new_weights(kind, self.models, {"naive": naive, "length": run.tokens})
         trainee = trainee_of(weights, self.models)
         pairs = SamePairs(good_folder(training_pictures()), [Damage(run.degradation)], crop=CROP)
         settings = Settings(steps=self.steps, batch=BATCH, rate=run.rate, schedule="cosine", warmup=min(200, self.steps // 5), weight_decay=0.0, ema=0.98,
@@ -214,6 +221,16 @@ def table_of(lab: Lab, degradation: str, options: argparse.Namespace, results: r
     return rows
 
 
+def larger_table(lab: Lab, degradation: str, options: argparse.Namespace, results: report.Results) -> list[dict[str, Any]]:
+    """Prompts with more numbers, and larger steps in training."""
+    rows = [plain_rows(results, lab, degradation, options)[1]]
+    for form, tokens, rate in LARGER:
+        run = Run(lab.kind, degradation, form, rate, tokens)
+        row = row_of(results, lab, degradation, f"{form}, {tokens}", options, lambda run=run: prompted(lab.trained(run)), f"{run.name} {lab.steps}")
+        rows.append({**row, "method": form, "tokens": tokens, "rate": rate})
+    return rows
+
+
 def mixed_table(lab: Lab, options: argparse.Namespace, results: report.Results, prompt_of: Callable[[str], Weights], named: str) -> list[dict[str, Any]]:
     """Two kinds of damage at once: each prompt alone, and both."""
     rows = plain_rows(results, lab, MIXED, options)
@@ -254,6 +271,7 @@ def quick_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+LARGER_COLUMNS = ("method", "tokens", "rate", "degradation", "prior", "n", "seeds", "psnr", "psnr_std", "ssim", "haarpsi")
 COLUMNS = ("method", "degradation", "prior", "n", "seeds", "psnr", "psnr_std", "ssim", "haarpsi", "seconds", "model_calls")
 VIDEO_COLUMNS = ("way", "frames", "psnr", "jump_at_joins", "jump_elsewhere", "model_calls", "seconds")
 INTRODUCTION = """## Learned prompts on the lab's {prior}: `python dev bench learned_prompt --prior {prior}`
@@ -263,6 +281,11 @@ lab's own pictures, crops of {crop} px, each degraded in one way), {steps} steps
 with {sampling} steps from T0 0.4, cfg 1. The degradations are those of the zero-shot evaluation (noise 50, low light, haze), and a Gaussian blur of sigma 2
 with noise of 2/255. "words": a text that says how the restored picture looks, in words the lab knows. "trained naively": on degraded latents under noise
 (weighted as at T0), sampled with Euler steps over the same sigmas, and on the bridge. Four scenes, {seeds} seed(s); PSNR in dB; seconds a picture. Full-size models were checked for shapes only.
+"""
+LARGER_INTRODUCTION = """## Learned prompts, larger ones: `python dev bench learned_prompt --larger --prior {prior} --degradation {degradations}`
+
+The tables above are of prompts of 16 tokens, as many as the lab's texts have, trained with a learning rate of 0.05. The plain form, an embedding in place
+of a text, may have more. Otherwise all is as there.
 """
 VIDEO = """## Learned prompts, video: `python dev bench learned_prompt`
 
@@ -283,6 +306,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of every run")
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate")
+    parser.add_argument("--larger", action="store_true", help="only prompts with more tokens, and larger steps, on one prior")
     parser.add_argument("--publish", action="store_true", help="store the prompts as the pack's own weights")
     options = parser.parse_args()
     options.scenes, options.seeds = tuple(options.scenes), SEEDS[:options.seeds]
@@ -290,10 +314,23 @@ def main() -> None:
         options.scenes, options.seeds = ("coffee",), SEEDS[:1]
         rows = quick_rows(options)
         report.say(report.markdown(rows, COLUMNS))
+    elif options.larger:
+        rows = larger(options)
     else:
         rows = full(options)
     if options.json:
         report.say(json.dumps({"rows": rows}))
+
+
+def larger(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The tables of larger prompts on one prior; over all scenes and seeds they are written into the evidence."""
+    prior, results = options.prior[0], report.Results(report.results_file("learned_prompt"))
+    lab = Lab(prior, options.steps)
+    tables = [larger_table(lab, degradation, options, results) for degradation in options.degradation]
+    introduction = LARGER_INTRODUCTION.format(prior=prior, degradations=" ".join(options.degradation))
+    shown("learned_prompt larger", introduction, [report.markdown(rows, LARGER_COLUMNS) for rows in tables],
+          (options.scenes, options.seeds) == (tuple(SCENES), SEEDS))
+    return sum(tables, [])
 
 
 def full(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from .window_grid import Windows
 KERNELS = (3, 5, 7, 9)
 # How fast a router in training follows the mean and deviation of what it sees, a part a step.
 FOLLOWING = 0.05
-# Under roots, for places where all channels are zero.
+# In roots and quotients, for places where all channels are zero and features that never change.
 EPSILON = 1e-6
 
 
@@ -139,7 +139,10 @@ class Router(nn.Module):
         return Routed(weights.to(x.dtype), chosen.to(x.dtype), logits.softmax(1), load)
 
     def _follow(self, seen: Tensor) -> None:
-        """Take (B, rows, columns, 2 width) of a step of training into mean and deviation."""
+        """Take (B, rows, columns, 2 width) of a step of training into mean and deviation.
+
+        Batch normalisation would use the batch's own, and a batch may be one window.
+        """
         rows = seen.flatten(0, -2).to(self.mean)
         self.mean.lerp_(rows.mean(0), FOLLOWING)
         self.deviation.copy_(self.deviation.square().lerp((rows - self.mean).square().mean(0), FOLLOWING).sqrt())

@@ -282,9 +282,9 @@ with {sampling} steps from T0 0.4, cfg 1. The degradations are those of the zero
 with noise of 2/255. "words": a text that says how the restored picture looks, in words the lab knows. "trained naively": on degraded latents under noise
 (weighted as at T0), sampled with Euler steps over the same sigmas, and on the bridge. Four scenes, {seeds} seed(s); PSNR in dB; seconds a picture. Full-size models were checked for shapes only.
 """
-LARGER_INTRODUCTION = """## Learned prompts, larger ones: `python dev bench learned_prompt --larger --prior {prior} --degradation {degradations}`
+LARGER_INTRODUCTION = """## Learned prompts, larger ones: `python dev bench learned_prompt --larger --prior {priors} --degradation {degradations}`
 
-The tables above are of prompts of 16 tokens, as many as the lab's texts have, trained with a learning rate of 0.05. The plain form, an embedding in place
+The tables above are of prompts of {tokens} tokens, as many as the lab's texts have, trained with a learning rate of {rate:g}. The plain form, an embedding in place
 of a text, may have more. Otherwise all is as there.
 """
 VIDEO = """## Learned prompts, video: `python dev bench learned_prompt`
@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of every run")
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate")
-    parser.add_argument("--larger", action="store_true", help="only prompts with more tokens, and larger steps, on one prior")
+    parser.add_argument("--larger", action="store_true", help="only prompts with more tokens, and larger steps, at rates of their own")
     parser.add_argument("--publish", action="store_true", help="store the prompts as the pack's own weights")
     options = parser.parse_args()
     options.scenes, options.seeds = tuple(options.scenes), SEEDS[:options.seeds]
@@ -323,11 +323,11 @@ def main() -> None:
 
 
 def larger(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The tables of larger prompts on one prior; over all scenes and seeds they are written into the evidence."""
-    prior, results = options.prior[0], report.Results(report.results_file("learned_prompt"))
-    lab = Lab(prior, options.steps)
-    tables = [larger_table(lab, degradation, options, results) for degradation in options.degradation]
-    introduction = LARGER_INTRODUCTION.format(prior=prior, degradations=" ".join(options.degradation))
+    """The tables of larger prompts; over all scenes and seeds they are written into the evidence."""
+    results = report.Results(report.results_file("learned_prompt"))
+    labs = [Lab(prior, options.steps) for prior in options.prior]
+    tables = [larger_table(lab, degradation, options, results) for lab in labs for degradation in options.degradation]
+    introduction = LARGER_INTRODUCTION.format(priors=" ".join(options.prior), degradations=" ".join(options.degradation), tokens=TOKENS, rate=RATE)
     shown("learned_prompt larger", introduction, [report.markdown(rows, LARGER_COLUMNS) for rows in tables],
           (options.scenes, options.seeds) == (tuple(SCENES), SEEDS))
     return sum(tables, [])

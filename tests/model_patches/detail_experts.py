@@ -29,7 +29,7 @@ def made(kind):
 def trained(to, size="full", window=WINDOW, outer=0.3, seed=44, **settings):
     """Experts whose branches are all open, and routers that choose."""
     weights, generator = new_weights(to, size, window, **settings), torch.Generator().manual_seed(seed)
-    # A seed with which windows differ, and none of them is so undecided that roundings would choose for it.
+    # A seed with which windows differ and none is undecided: roundings would choose for it.
     tensors, choice = dict(weights.tensors), torch.Generator().manual_seed(seed + 1)
     for name, tensor in tensors.items():
         if name.endswith("outer"):

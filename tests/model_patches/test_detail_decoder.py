@@ -207,9 +207,10 @@ def test_tiles_differ_no_more_than_the_vae_itself(kind):
     ours, host, experts = tile_error(kind)
     # Half as much again: experts see the VAE's own features, which differ between tiles.
     assert ours.abs().mean() < 1.5 * host.abs().mean() and ours.abs().max() < 1.5 * host.abs().max()
-    # A tile ends in the overlap, where its last window sees less and may choose another expert; there it counts next to nothing.
+    # Near a tile's end a window sees less and may choose another expert: only where tiles overlap, and a small part of what experts differ by.
     if kind == "taesd":
-        assert experts.abs().max() < 0.02
+        alone = torch.cat([experts[:, :, :64], experts[:, :, 256:]], 2)
+        assert alone.abs().max() < 1e-5 and experts.abs().max() < 0.02
 
 
 def test_tiles_leave_no_seams():

@@ -46,9 +46,11 @@ CLEAN, OTHER = 0.1, 0.1
 # How many of a flow's times are uniform.
 EVEN = 0.5
 GATE_RATE, FINE_TUNE_RATE = 10.0, 0.1
-# Damage this much smaller than the mean one (10 dB) counts by its part that is left; weaker damage less and less, since a VAE's own error
+# The noise's share of what the model sees, down to which errors of y0 count alike.
+LITTLE = 0.25
+# Damage this much smaller than the mean one (5 dB) counts by its part that is left; weaker damage less and less, since a VAE's own error
 # comes near it.
-FLOOR = 0.1
+FLOOR = 0.3
 MEASURED = 64
 MEASURED_AT_ONCE = 4
 VALIDATION_STEPS = 8
@@ -76,10 +78,11 @@ def new_model(models: Models, config: Mapping[str, Any]) -> Weights:
 
 
 class ResidualDenoising(Denoising):
-    """Measures errors as those of v, whatever the model predicts, and sees flows near full noise as often as elsewhere.
+    """Measures errors as those of y0, and sees flows near full noise as often as elsewhere.
 
     The picture tells most of a residual at any noise level. An error of eps counts one of y0 at full noise by 1 / sigma^2, next to nothing,
-    and smooth damage such as haze is decided there, where logit-normal times hardly ever come.
+    and smooth damage such as haze is decided there, where logit-normal times hardly ever come. Where less noise than LITTLE is left, errors
+    count as those of v times LITTLE: y0 can be told from what is sampled there, and what is to be learned is to take the noise off.
     """
 
     def draw_flow_time(self, generator: torch.Generator) -> Tensor:
@@ -89,9 +92,8 @@ class ResidualDenoising(Denoising):
 
     def error(self, x: Tensor, sigma: Tensor, z0: Tensor, texts: Sequence[str], extra: dict[str, Tensor]) -> Tensor:
         """Return how far the prediction for x (B, ...) at sigma (B,) is from z0."""
-        if is_flow(self.sampling):
-            return super().error(x, sigma, z0, texts, extra)
-        scale = (1 + sigma.square()).sqrt() / sigma
+        noise = sigma if is_flow(self.sampling) else sigma / (1 + sigma.square()).sqrt()
+        scale = (LITTLE / noise).clamp(min=1)
         return (self.x0(x, sigma, texts, extra) - z0) * scale.reshape(-1, *[1] * (z0.ndim - 1))
 
 

@@ -130,7 +130,7 @@ class Lab:
         """Train, or go on, or take what an earlier run trained."""
         trainee = self.trainee(run)
         pairs = SamePairs(good_folder(training_pictures()), [RECIPES[run.degradation]], crop=CROP)
-        settings = Settings(steps=self.steps, batch=BATCH, rate=run.rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0)
+        settings = Settings(steps=self.steps, batch=BATCH, rate=run.rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
         description = describe_run(trainee, pairs, self.models, settings)
         folder = open_run(HOME / "bench" / "adapter", run.name, description, self.steps)
         result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))

@@ -32,20 +32,18 @@ from ...model_patches.weights_file import Weights, load_weights, save_weights  #
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.degradation_model import DegradationTrainee  # noqa: E402
 from ...training.loop import describe_run, train  # noqa: E402
-from ...training.pairs import Pairs  # noqa: E402
 from ...training.settings import Settings  # noqa: E402
 from ...training.sources import good_folder  # noqa: E402
-from ...training.trainee import Models, Pair  # noqa: E402
+from ...training.trainee import Models  # noqa: E402
 from . import degradation_oracle as oracle  # noqa: E402
 from . import report  # noqa: E402
 from .adapter import Watcher, training_pictures  # noqa: E402
 from .degradation_oracle import COMPOSITE, RECIPES, TASKS, degraded  # noqa: E402
-from .remembered import RememberingVAE  # noqa: E402
+from .remembered import FewPairs, RememberingEncoder, RememberingVAE  # noqa: E402
 from .scenes import SCENES, figures, mean, over_scenes, seeded  # noqa: E402
 
 SEEDS = (0, 1, 2)
-RANK, CROP, BATCH, STEPS, RATE = 8, 128, 8, 1500, 1e-3
-VARIANTS = 3
+RANK, CROP, BATCH, STEPS, RATE = 32, 128, 8, 1500, 1e-3
 SAMPLING_STEPS = 10
 TRAINED = report.PACK / "lab" / "trained"
 HOME = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
@@ -97,19 +95,6 @@ class Run:
         return f"{self.prior} {self.method} {self.steps}".replace(",", "")
 
 
-class FewPairs(Pairs):
-    """Pairs of which every picture has VARIANTS, with crops and damage of their own, so that their latents can be remembered."""
-
-    def pair(self, index: int, generator: torch.Generator) -> Pair:
-        """Return one of the variants; the generator decides which."""
-        variant = int(torch.randint(VARIANTS, (), generator=generator))
-        return super().pair(index, seeded((index % len(self)) * VARIANTS + variant))
-
-    def fingerprint(self) -> str:
-        """Return the digest of the pairs, unlike that of pairs that vary."""
-        return hashlib.sha256(f"{VARIANTS} of {super().fingerprint()}".encode()).hexdigest()
-
-
 class Lab:
     """A prior, a tokenizer, and what was trained on them, one thing at a time."""
 
@@ -118,6 +103,13 @@ class Lab:
         model, clip, vae = load_lab_prior(prior)
         self.models = Models(model, clip, RememberingVAE(vae, HOME / "bench" / f"latents-degradation-{weights_fingerprint(vae.patcher)[:12]}.safetensors"))
         self.known: dict[str, DegradationTrainee] = {}
+        self.seen: dict[tuple[str, str, int], Tensor] = {}
+
+    def through_vae(self, damaged: Tensor, name: tuple[str, str, int]) -> Tensor:
+        """Return a damaged picture through the VAE, which is asked once for each name."""
+        if name not in self.seen:
+            self.seen[name] = self.models.vae.decode(self.models.vae.encode(damaged)).clamp(0, 1)
+        return self.seen[name]
 
     def fresh(self, run: Run) -> DegradationTrainee:
         """What a run starts from."""
@@ -130,10 +122,12 @@ class Lab:
         if run.name not in self.known:
             trainee = self.fresh(run)
             pairs = FewPairs(good_folder(training_pictures()), training_recipes(), crop=CROP)
-            settings = Settings(steps=run.steps, batch=BATCH, rate=RATE, schedule="cosine", warmup=20, ema=0.98, validate_every=0)
+            settings = Settings(steps=run.steps, batch=BATCH, rate=RATE, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
+            trainee.encoder = RememberingEncoder(trainee.encoder, HOME / "bench" / f"tokens-{trainee.config['codebook'][:12]}.safetensors")
             folder = open_run(HOME / "bench" / "degradation_space", run.name, describe_run(trainee, pairs, self.models, settings), run.steps)
             result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))
             self.models.vae.save()
+            trainee.encoder.save()
             trainee.load_state_dict(result.tensors)
             self.known = {run.name: trainee}
         return self.known[run.name]
@@ -192,7 +186,7 @@ def evaluated(lab: Lab, trainee: DegradationTrainee, degradation: str, way: Way,
     def one(name: str, seed: int) -> dict[str, float]:
         clean, damaged, words = degraded(name, degradation, seed)
         restored = restore(lab, trainee, damaged, degradation, words, seed, way, estimator)
-        through = lab.models.vae.decode(lab.models.vae.encode(damaged)).clamp(0, 1)
+        through = lab.through_vae(damaged, (name, degradation, seed))
         return {**figures(restored, clean), "to_input": figures(restored, damaged)["psnr"], "to_encoded_input": figures(restored, through)["psnr"]}
 
     return over_scenes(one, options.scenes, options.seeds)

@@ -102,7 +102,7 @@ class FusionLab(Lab):
         """Train, or go on, or take what an earlier run trained."""
         trainee = self.trainee(run)
         pairs = SamePairs(good_folder(training_pictures()), list(TASKS.values()), crop=CROP)
-        settings = Settings(steps=self.steps, batch=BATCH, rate=run.rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0)
+        settings = Settings(steps=self.steps, batch=BATCH, rate=run.rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
         folder = open_run(HOME / "bench" / "fusion", run.name, describe_run(trainee, pairs, self.models, settings), self.steps)
         result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))
         for remembering in (self.models.vae, self.seen):

@@ -20,6 +20,7 @@ from .denoisers import TEXT_WIDTH, UNET
 from .vocabulary import LENGTH, PAD, WORDS, token_ids
 
 WEIGHTS = Path(__file__).parent / "weights"
+VAE = WEIGHTS / "vae.safetensors"
 KINDS = ("unet", "dit")
 
 
@@ -89,19 +90,42 @@ def load_lab_prior(kind: str) -> tuple[comfy.model_patcher.ModelPatcher, comfy.s
     Returns:
         MODEL, CLIP and VAE as the host's loaders return them.
     """
-    vae_sd, metadata = comfy.utils.load_torch_file(str(WEIGHTS / "vae.safetensors"), safe_load=True, return_metadata=True)
-    vae = comfy.sd.VAE(sd=vae_sd)
+    return load_lab_denoiser(kind), _load_words(_weights(kind)[1]), _load_vae()
+
+
+def load_lab_denoiser(kind: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Load the denoiser alone; hosts that fetch weights on demand ask here for one whose weights stay, to train on."""
+    sd, _ = _weights(kind)
+    if kind == "unet":
+        model = _load_unet(sd, disable_dynamic)
+    else:
+        model = comfy.sd.load_diffusion_model_state_dict(sd, model_options={}, disable_dynamic=disable_dynamic)
+    model.model.latent_format = _latent_format()
+    model.cached_patcher_init = (load_lab_denoiser, (kind,))
+    return model
+
+
+def _weights(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a denoiser, and those of its text encoder."""
     sd = comfy.utils.load_torch_file(str(WEIGHTS / f"{kind}.safetensors"), safe_load=True)
-    words = {k: sd.pop(k).float() for k in list(sd) if k.startswith("words.")}
-    model = _load_unet(sd) if kind == "unet" else comfy.sd.load_diffusion_model_state_dict(sd, model_options={})
+    return sd, {k: sd.pop(k).float() for k in list(sd) if k.startswith("words.")}
+
+
+def _latent_format() -> LabLatent:
+    _, metadata = comfy.utils.load_torch_file(str(VAE), safe_load=True, return_metadata=True)
     latent_format = LabLatent()
     if metadata and "mend.preview" in metadata:
         latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias = json.loads(metadata["mend.preview"])
-    model.model.latent_format = latent_format
-    return model, _load_words(words), vae
+    return latent_format
 
 
-def _load_unet(sd: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
+def _load_vae() -> comfy.sd.VAE:
+    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(VAE), safe_load=True))
+    vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (str(VAE),))
+    return vae
+
+
+def _load_unet(sd: dict[str, Tensor], disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher:
     """The host has no detector for a UNet of this size, so its class is given the configuration that training used."""
     management = comfy.model_management
     sd = {k.removeprefix("model.diffusion_model."): v for k, v in sd.items()}
@@ -113,7 +137,8 @@ def _load_unet(sd: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, load_device, [torch.float16, torch.bfloat16, torch.float32]))
     config.latent_format = LabLatent()
     base = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=offload_device)
-    patcher = comfy.model_patcher.CoreModelPatcher(base, load_device=load_device, offload_device=offload_device)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(base, load_device=load_device, offload_device=offload_device)
     base.diffusion_model.load_state_dict(sd, assign=patcher.is_dynamic())
     return patcher
 

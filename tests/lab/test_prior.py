@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 import comfy.model_management
+import comfy.model_patcher
 import latent_preview
 from comfy.cli_args import LatentPreviewMethod
 from mend.lab.prior import KINDS, WEIGHTS, load_lab_prior
@@ -59,6 +60,20 @@ def test_weights_are_halves_that_say_what_they_are(name):
         for key in file.keys():
             tensor = file.get_tensor(key)
             assert tensor.dtype == torch.float16 and torch.isfinite(tensor).all(), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hosts_that_fetch_weights_on_demand_can_load_it_anew(kind):
+    """They do to train on it (`clone(disable_dynamic=True)`), and for each further device."""
+    model, _, vae = loaded(kind)
+    for patcher in (model, vae.patcher):
+        factory, arguments = patcher.cached_patcher_init
+        again = factory(*arguments, disable_dynamic=True)
+        assert type(again) is comfy.model_patcher.ModelPatcher and again.model is not patcher.model
+        assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), patcher.model.state_dict().values(), strict=True))
+    again = model.cached_patcher_init[0](kind, disable_dynamic=True).model
+    assert again.latent_format.latent_rgb_factors == model.model.latent_format.latent_rgb_factors
+    assert is_flow(again.model_sampling) == is_flow(model.model.model_sampling)
 
 
 @pytest.mark.parametrize("kind", KINDS)

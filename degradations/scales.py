@@ -56,5 +56,13 @@ def to_json(scales: Sequence[Scale]) -> list[list]:
 
 
 def from_json(value: list) -> tuple[Scale, ...]:
-    """Read what `to_json` returned."""
-    return tuple(Scale(kind, setting, tuple(levels)) for kind, setting, levels in value)
+    """Read what `to_json` returned.
+
+    Raises:
+        ValueError: for an unknown kind or setting, or a level that it cannot have.
+    """
+    scales = tuple(Scale(kind, setting, tuple(levels)) for kind, setting, levels in value)
+    for scale in scales:
+        for level in scale.levels:
+            Step.of(scale.kind, {scale.setting: level})
+    return scales

@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -49,7 +49,7 @@ def default_photograph() -> Image.Image:
 def users_photograph(path: Path) -> Image.Image:
     """A photograph of the user's, made to fit."""
     try:
-        photo = Image.open(path).convert("RGB")
+        photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except OSError as error:
         raise WorkflowError(f"cannot read {path} as a picture: {error}") from error
     if max(photo.size) > LONGEST_SIDE:

@@ -28,6 +28,7 @@ class ConditionedPatch(ABC):
     def listen(self, patcher: "ModelPatcher") -> None:
         """Have the condition come to every evaluation of the model."""
         key = self.condition.key
+        patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, self.condition.outer_sample)
         patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, key, self.condition.sampler_sample)
         patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, self._apply_model)
 

@@ -42,6 +42,11 @@ class DegradationCondition(LatentCondition):
         """Name among the conds of whether all of them see the whole picture, so that one look at it serves all."""
         return f"{self.key}_whole"
 
+    @property
+    def count_key(self) -> str:
+        """Name among the conds of how many there are without their twins; see _calc_cond_batch."""
+        return f"{self.key}_count"
+
     def listen(self, patcher: "ModelPatcher") -> None:
         """Encode the picture while the model is not yet loaded, and guide where that is asked for."""
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, self.key, self._outer_sample)
@@ -83,8 +88,25 @@ class DegradationCondition(LatentCondition):
 
     def _calc_cond_batch(self, executor: Any, model: Any, conds: list, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Evaluate every cond together with a twin that has no instruction."""
+        conds = [self._counted(entries, len(conds)) for entries in conds]
         out = executor(model, [*conds, *(self._without(entries) for entries in conds)], *args, **kwargs)
         return [torch.lerp(none, asked, self.cfg) for asked, none in zip(out[:len(conds)], out[len(conds):])]
+
+    def told(self, kwargs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """Return the transformer_options of one evaluation with what its conds say; it is taken out of the arguments.
+
+        The host numbers twins on from the conds they are twins of. Patches that have one thing for the prompt and another for the negative
+        prompt, such as IP-Adapter's, find them by these numbers: a twin gets the number of its cond.
+        """
+        options = options | {name: kwargs.pop(name) for name in (self.tokens_key, self.whole_key) if name in kwargs}
+        count = kwargs.pop(self.count_key, None)
+        return options if count is None else {**options, "cond_or_uncond": [number % count for number in options["cond_or_uncond"]]}
+
+    def _counted(self, entries: list[dict] | None, count: int) -> list[dict] | None:
+        if entries is None:
+            return None
+        known = {self.count_key: comfy.conds.CONDConstant(count)}
+        return [{**entry, "model_conds": {**entry["model_conds"], **known}} for entry in entries]
 
     def _without(self, entries: list[dict] | None) -> list[dict] | None:
         return None if entries is None else [self._emptied(entry) for entry in entries]

@@ -125,13 +125,21 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Plan:
         ValueError: naming the node, the weights and both kinds, both families, or the first tensor that does not fit.
     """
     check_family(weights, KIND, model, node)
-    config = weights.config
-    if not _understood(config):
-        raise ValueError(f"{node}: {weights.name} describes itself as {config}, which this pack does not understand. Update the pack, or "
-                         "save the file again.")
-    plan = Plan.of(model, config["size"])
+    check_config(weights, node)
+    plan = Plan.of(model, weights.config["size"])
     check_shapes(weights, expected_tensors(plan, weights, model), node)
     return plan
+
+
+def check_config(weights: Weights, node: str) -> None:
+    """Check that a degradation model says all that it has to of itself.
+
+    Raises:
+        ValueError: naming the node and the weights.
+    """
+    if not _understood(weights.config):
+        raise ValueError(f"{node}: {weights.name} describes itself as {weights.config}, which this pack does not understand. Update the "
+                         "pack, or save the file again.")
 
 
 def _understood(config: dict[str, Any]) -> bool:
@@ -140,7 +148,8 @@ def _understood(config: dict[str, Any]) -> bool:
     return (
         all(one_of(config.get(name), options) for name, options in CHOICES.items())
         and all(whole_number(number) for number in numbers) and cell > 0 and not cell & (cell - 1)
-        and isinstance(config.get("fine_tune", False), bool) and isinstance(config.get("codebook"), str) and isinstance(codes, dict) and one_of(codes.get("size"), tokenizer.SIZES)
+        and isinstance(config.get("fine_tune", False), bool) and isinstance(config.get("codebook"), str)
+        and isinstance(codes, dict) and one_of(codes.get("size"), tokenizer.SIZES)
         and config["code_width"] == tokenizer.SIZES[codes["size"]].width
     )
 
@@ -234,10 +243,8 @@ class DegradationPatch(ConditionedPatch):
 
     def _apply_model(self, executor: Any, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: Any, control: Any, transformer_options: dict,
                      **kwargs: Any) -> Tensor:
-        for name in (self.condition.tokens_key, self.condition.whole_key):
-            if name in kwargs:
-                transformer_options = {**transformer_options, name: kwargs.pop(name)}
-        return super()._apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        told = self.condition.told(kwargs, transformer_options)
+        return super()._apply_model(executor, x, t, c_concat, c_crossattn, control, told, **kwargs)
 
     def opened(self, c_lq: Tensor, mask: Tensor, model_sampling: Any, sigma: Tensor) -> "_Evaluation":
         """The pyramid runs at the first block, in its precision; once for what conds have in common."""

@@ -152,15 +152,14 @@ class Degradation:
         if self.form == "pixel":
             restored = pictures - 2 * self._residual(patcher, latent, seen).to(pictures.device)
         else:
-            restored = reframed(self._decoded(latent), pictures.shape[1:3])
+            restored = self._restored(patcher, latent, seen, pictures)
         weight = 1.0 if self.mask is None else self._masks(self._mask(pictures.shape[1:3]), len(latent)).to(pictures.device)
         return (pictures + weight * (restored.to(pictures) - pictures)).clamp(0, 1)
 
     def _residual(self, patcher: "ModelPatcher", latent: Tensor, seen: Tensor) -> Tensor:
         """Return half the residual in -1..1, the size of the pictures, and exactly 0 where nothing was sampled; seen is c_lq."""
-        model, vae, own = patcher.model, self.picture.vae, self.picture.pictures.shape[1:3]
-        # On the device that sampled, and in its precision, so that equal latents are equal bit for bit.
-        reference = model.process_latent_out(seen.to(patcher.load_device)).to(latent)
+        vae, own = self.picture.vae, self.picture.pictures.shape[1:3]
+        reference = _as_sampled(patcher, seen, latent)
         change = (reference - latent) / GAIN[self.form]
         least = max(ROUNDING, torch.finfo(latent.dtype).eps) * reference.abs().max()
         change = torch.where(change.abs() <= least, torch.zeros_like(change), change)
@@ -172,6 +171,23 @@ class Degradation:
             rows.append(reframed(self._decoded(zero + row) - nothing, own) if row.any() else torch.zeros(1, *own, 3))
         # Decoders answer in 0..1, which is half of -1..1.
         return torch.cat([row.to(latent.device) for row in rows])
+
+    def _restored(self, patcher: "ModelPatcher", latent: Tensor, seen: Tensor, pictures: Tensor) -> Tensor:
+        """Return what was sampled, as large as the pictures; seen is c_lq.
+
+        Beyond whole cells there is nothing that was sampled. The pictures stand there as they are, but for the smooth part of what changed
+        beside them: without it haze would end in a seam, and with all of it noise would come in twice.
+        """
+        decoded, own, cell = self._decoded(latent).to(pictures.device), pictures.shape[1:3], self.picture.cell
+        inside = reframed(decoded, tuple(map(min, own, decoded.shape[1:3])))
+        if inside.shape[1:3] == own:
+            return inside
+        change = (decoded - self._decoded(_as_sampled(patcher, seen, latent)).to(decoded)).movedim(-1, 1)
+        smooth = F.avg_pool2d(change, 2 * cell + 1, stride=1, padding=cell, count_include_pad=False).movedim(1, -1)
+        restored = pictures + reframed(smooth, own).to(pictures)
+        top, left = ((side - part) // 2 for side, part in zip(own, inside.shape[1:3]))
+        restored[:, top:top + inside.shape[1], left:left + inside.shape[2]] = inside
+        return restored
 
     def _decoded(self, latent: Tensor) -> Tensor:
         flat = latent[:, :, 0] if latent.ndim == 5 and self.picture.vae.latent_dim == 2 else latent
@@ -249,6 +265,12 @@ class Residuals:
         """Return the latents of pictures, without gradients."""
         with torch.no_grad():
             return encode_pictures(self.vae, self.model, pictures)
+
+
+def _as_sampled(patcher: "ModelPatcher", seen: Tensor, latent: Tensor) -> Tensor:
+    """Return c_lq as a run in which nothing is found gives it, as a latent (device, precision)."""
+    # On the device that sampled, so that equal latents are equal bit for bit.
+    return patcher.model.process_latent_out(seen.to(patcher.load_device)).to(latent)
 
 
 def reframed(pictures: Tensor, size: tuple[int, int]) -> Tensor:

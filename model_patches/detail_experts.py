@@ -1,11 +1,13 @@
 """Files of detail experts: making new ones for a VAE, checking that they belong to it, and loading them beside it."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config_values import number, one_of, whole_number
 from .daem import SIZES, DetailExperts, initialise
 from .fit import VAE_INPUT, check_finite, check_shapes, check_vae_family
 from .host import inference_module, trained_operations
@@ -48,6 +50,13 @@ def new_weights(vae: "VAE", size: str = "lite", window: int = 128, seed: int = 0
     return Weights(KIND, anatomy.family, config, tensors, f"the new detail experts for {anatomy.family}")
 
 
+def known_settings(config: Mapping[str, Any]) -> bool:
+    """Tell whether size, window, latents and perceptual of a config are what experts can have."""
+    window = config.get("window")
+    window_fits = whole_number(window) and window <= LARGEST_WINDOW and window % WINDOW_STEP == 0
+    return window_fits and one_of(config.get("size"), SIZES) and one_of(config.get("latents"), LATENTS) and number(config.get("perceptual"))
+
+
 def check_fit(weights: Weights, vae: "VAE", node: str) -> VaeAnatomy:
     """Check that experts were made for this VAE, and return its anatomy.
 
@@ -55,13 +64,12 @@ def check_fit(weights: Weights, vae: "VAE", node: str) -> VaeAnatomy:
         ValueError: naming the node, the weights and what does not fit.
     """
     anatomy = check_vae_family(weights, KIND, vae, node)
-    size, window = weights.config.get("size"), weights.config.get("window")
-    if size not in SIZES or not isinstance(window, int) or window % WINDOW_STEP or not 0 <= window <= LARGEST_WINDOW:
-        raise ValueError(f"{node}: {weights.name} describes itself as {weights.config}, and a size ({', '.join(SIZES)}) and a "
-                         f"window of 0 to {LARGEST_WINDOW} in steps of {WINDOW_STEP} were expected. "
-                         "Update the pack, or save the file again.")
+    if not known_settings(weights.config):
+        raise ValueError(f"{node}: {weights.name} describes itself as {weights.config}, and a size ({', '.join(SIZES)}), a "
+                         f"window of 0 to {LARGEST_WINDOW} in steps of {WINDOW_STEP}, latents ({', '.join(LATENTS)}) and the weight of a "
+                         "perceptual distance were expected. Update the pack, or save the file again.")
     own = signature(vae.first_stage_model)
-    check_shapes(weights, _expected(anatomy, size, window) | {SIGNATURE: own}, node, VAE_INPUT)
+    check_shapes(weights, _expected(anatomy, weights.config["size"], weights.config["window"]) | {SIGNATURE: own}, node, VAE_INPUT)
     check_finite(weights, node)
     if not float(F.cosine_similarity(weights.tensors[SIGNATURE].float().cpu(), own, 0)) >= LEAST_LIKENESS:
         raise ValueError(f"{node}: {weights.name} was made for another VAE of the same layout ({anatomy.family}), such as "

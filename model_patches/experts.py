@@ -144,8 +144,12 @@ class Router(nn.Module):
         Batch normalisation would use the batch's own, and a batch may be one window.
         """
         rows = seen.flatten(0, -2).to(self.mean)
-        self.mean.lerp_(rows.mean(0), FOLLOWING)
-        self.deviation.copy_(self.deviation.square().lerp((rows - self.mean).square().mean(0), FOLLOWING).sqrt())
+        mean = self.mean.lerp(rows.mean(0), FOLLOWING)
+        deviation = self.deviation.square().lerp((rows - mean).square().mean(0), FOLLOWING).sqrt()
+        # Of a step that is not finite nothing is learned, and what follows would never come back from it.
+        finite = (mean + deviation).isfinite().all()
+        self.mean.copy_(torch.where(finite, mean, self.mean))
+        self.deviation.copy_(torch.where(finite, deviation, self.deviation))
 
 
 def _load(logits: Tensor, noisy: Tensor, deviation: float) -> Tensor:

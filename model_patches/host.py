@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CellType, FunctionType
@@ -64,20 +64,63 @@ def gradients() -> Iterator[None]:
         management.in_training = before
 
 
-def plain_weights(module: nn.Module) -> None:
+def plain_weights(module: nn.Module, but: Collection[nn.Module] = ()) -> None:
     """Turn inference tensors among a frozen module's weights into normal ones of the same values, in place.
 
     Weights loaded under inference mode cannot take part in a backward pass. This is the one lasting change the pack makes to a shared
-    model.
+    model. Layers that the host feeds on demand keep theirs, whether named or not: a copy of a file that is mapped would take its memory.
+
+    Args:
+        module: changed.
+        but: parts of it that stay as they are.
     """
+    left = {id(part) for part in but}
     with torch.inference_mode(False):
         for part in module.modules():
+            if id(part) in left or _on_demand(part):
+                continue
             for name, p in list(part._parameters.items()):
                 if p is not None and p.is_inference():
-                    part._parameters[name] = nn.Parameter(p.clone(), requires_grad=False)
+                    normal = nn.Parameter(p.clone(), requires_grad=False)
+                    # The host notes on weights in which precision they run.
+                    vars(normal).update(vars(p))
+                    part._parameters[name] = normal
             for name, b in list(part._buffers.items()):
                 if b is not None and b.is_inference():
                     part._buffers[name] = b.clone()
+
+
+def casting_layers(module: nn.Module, device: torch.device | None = None) -> list[nn.Module]:
+    """Return the layers that fetch their weights for each use; with a device, those whose weights do not lie there."""
+    layers = [part for part in module.modules() if isinstance(part, comfy.ops.CastWeightBiasOp)]
+    if device is None:
+        return layers
+    return [layer for layer in layers if _on_demand(layer) or any(p.device != device for p in layer.parameters(recurse=False))]
+
+
+def _on_demand(part: nn.Module) -> bool:
+    return hasattr(part, "_v")
+
+
+@contextmanager
+def copied_weights(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Have layers compute with copies of their weights, which a backward pass may keep.
+
+    What the host fetches for a layer can be an inference tensor from an earlier use, or memory that others use before the backward pass
+    comes to it.
+    """
+    names = ("weight_function", "bias_function")
+    kept = [(layer, name, vars(layer).get(name)) for layer in layers for name in names]
+    try:
+        for layer, name, _ in kept:
+            setattr(layer, name, [*getattr(layer, name), torch.clone])
+        yield
+    finally:
+        for layer, name, own in kept:
+            if own is not None:
+                setattr(layer, name, own)
+            else:
+                vars(layer).pop(name, None)
 
 
 def plain(value: Any) -> Any:
@@ -121,23 +164,25 @@ class PixelDecoder:
         self.gain, self.offset = (high - low) * 2, low - (high - low) / 2
         self.cell = vae.spacial_compression_decode()
         self.to_raw = _per_channel(model.process_latent_out, model.latent_format)
+        self.layers = casting_layers(vae.first_stage_model)
 
     def prepare(self) -> None:
         """Make the loaded weights fit for a backward pass; cheap when they already are."""
-        plain_weights(self.vae.first_stage_model)
+        plain_weights(self.vae.first_stage_model, self.layers)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Decode (B, C, h, w) or (B, C, 1, h, w) to (B, 3, H, W) float32."""
         raw = self.to_raw(z).to(self.vae.device, self.vae.vae_dtype)
         if raw.ndim == 5 and self.vae.latent_dim == 2:
             raw = raw[:, :, 0]
-        x = self.vae.first_stage_model.decode(raw)
+        with copied_weights(self.layers if raw.requires_grad else ()):
+            x = self.vae.first_stage_model.decode(raw)
         x = x[:, :, 0] if x.ndim == 5 else x
         return x.float() * self.gain + self.offset
 
     def memory(self, shape: tuple[int, ...]) -> float:
-        """Bytes that one forward and backward pass over latents of `shape` needs."""
-        return BACKWARD_FACTOR * self.vae.memory_used_decode(shape, self.vae.vae_dtype)
+        """Bytes that one forward and backward pass over latents of `shape` needs, with the copies of weights that it keeps."""
+        return BACKWARD_FACTOR * self.vae.memory_used_decode(shape, self.vae.vae_dtype) + self.vae.patcher.model_size()
 
 
 class LatentEncoder:
@@ -147,13 +192,15 @@ class LatentEncoder:
         self.vae, self.model = vae, model
         self.cell = vae.spacial_compression_encode()
         self.from_raw = _per_channel(model.process_latent_in, model.latent_format)
+        self.layers = casting_layers(vae.first_stage_model)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Encode (B, 3, H, W) in 0..1 to float32 latents as the model sees them."""
         pixels = self.vae.process_input(x).to(self.vae.device, self.vae.vae_dtype)
         if self.vae.latent_dim == 3:
             pixels = pixels.unsqueeze(2)
-        z = self.vae.first_stage_model.encode(pixels).float()
+        with copied_weights(self.layers if pixels.requires_grad else ()):
+            z = self.vae.first_stage_model.encode(pixels).float()
         return self.from_raw(z)
 
 
@@ -252,9 +299,14 @@ def inference_module(build: Callable[..., nn.Module], tensors: dict[str, Tensor]
     return make()
 
 
+def is_quantised(patcher: "ModelPatcher") -> bool:
+    """Tell whether any weight of a model is quantised, so that it can neither be changed in place nor have gradients go through it."""
+    return any(isinstance(p, comfy.quant_ops.QuantizedTensor) for p in patcher.model.diffusion_model.parameters())
+
+
 def with_lora(patcher: "ModelPatcher", tensors: dict[str, Tensor], strength: float) -> "ModelPatcher":
     """Return a clone with a LoRA in native keys; beside the weights where they are quantised, in them otherwise."""
-    if not any(isinstance(p, comfy.quant_ops.QuantizedTensor) for p in patcher.model.diffusion_model.parameters()):
+    if not is_quantised(patcher):
         return comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0)[0]
     patched, names = patcher.clone(), comfy.lora.model_lora_keys_unet(patcher.model, {})
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), names)
@@ -360,6 +412,11 @@ def keep_loaded_for_training(patcher: "ModelPatcher") -> None:
     """Bring a model back that the host has moved away, as it does where a VAE needs the room."""
     if patcher.current_loaded_device() != patcher.load_device:
         loaded_for_training(patcher)
+
+
+def keep_loaded(guider: Any) -> None:
+    """Bring back what a guider samples with where something else, such as a VAE, has needed the room."""
+    comfy.model_management.load_models_gpu([guider.model_patcher, *getattr(guider, "loaded_models", ())])
 
 
 def for_training(patcher: "ModelPatcher") -> "ModelPatcher":
@@ -635,6 +692,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tenso
     return optimized_attention(q, k, v, q.shape[1], skip_reshape=True, transformer_options=options)
 
 
+def differentiable_attention(transformer_options: dict[str, Any]) -> dict[str, Any]:
+    """Return options under which attention is torch's own: of the implementations that users may have chosen some have no backward pass."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    return {**transformer_options, "optimized_attention_override": lambda chosen, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+
+
 def model_times(model_sampling: Any, sigma: Tensor) -> Tensor:
     """Return model_time of every sigma of a batch (B,), float32."""
     last = float(model_sampling.timestep(torch.as_tensor(model_sampling.sigma_max)))
@@ -657,12 +721,36 @@ def cast_like(parameter: Tensor, x: Tensor) -> Tensor:
     return comfy.ops.cast_to_input(parameter, x)
 
 
-def float_copy(module: nn.Module) -> nn.Module:
-    """Return a frozen float32 copy with normal weights, on the CPU, that gradients flow through."""
+def float_copy(vae: "VAE") -> nn.Module:
+    """Return a frozen float32 copy of a VAE's network with normal weights, on the CPU, that gradients flow through.
+
+    The weights are this VAE's own, its patches among them, whatever is loaded at the moment: another clone's patches may be in their place.
+    """
+    patcher = vae.patcher
     with torch.inference_mode(False), torch.no_grad():
-        copied = copy.deepcopy(module).cpu().float()
+        copied = _unloaded_copy(vae.first_stage_model).cpu().float()
         plain_weights(copied)
+        for name, p in copied.named_parameters():
+            if name in patcher.backup:
+                p.copy_(patcher.backup[name].weight)
+            if name in patcher.patches:
+                p.copy_(comfy.lora.calculate_weight(patcher.patches[name], p.clone(), name))
     return copied.requires_grad_(False)
+
+
+def _unloaded_copy(module: nn.Module) -> nn.Module:
+    """Copy a module without what the host keeps on it while it is loaded: patches, and handles of memory that each copy would free."""
+
+    def traces(part: nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in vars(part).items()
+                if name.startswith(("_v_", "_pin", "_prefetch", "dynamic_")) or name in ("_v", "weight_function", "bias_function")
+                or name.endswith("_lowvram_function")}
+
+    copied = copy.deepcopy(module, {id(value): value for part in module.modules() for value in traces(part).values()})
+    for part in copied.modules():
+        for name in traces(part):
+            delattr(part, name)
+    return copied
 
 
 def decode_with(vae: "VAE", network: "ModelPatcher", samples: Tensor, decode: Callable[[Tensor], Tensor], channels: int, factor: float,
@@ -684,6 +772,8 @@ def decode_with(vae: "VAE", network: "ModelPatcher", samples: Tensor, decode: Ca
         pictures (B, 3, H, W) in 0..1 and the other channels.
     """
     management, dtype = comfy.model_management, vae.vae_output_dtype()
+    # Pictures outlive what came with them, and must not hold on to its memory.
+    sizes = (3, channels - 3)
     memory = factor * vae.memory_used_decode(samples.shape, vae.vae_dtype)
     with management.cuda_device_context(vae.device):
         out = None
@@ -692,17 +782,19 @@ def decode_with(vae: "VAE", network: "ModelPatcher", samples: Tensor, decode: Ca
                 management.load_models_gpu([vae.patcher, network], memory_required=memory, force_full_load=vae.disable_offload)
                 together = max(1, int(vae.patcher.get_free_memory(vae.device) / memory))
                 parts = [
-                    decode(part.to(vae.device, vae.vae_dtype)).to(vae.output_device, dtype, copy=True) for part in samples.split(together)
+                    [half.to(vae.output_device, dtype, copy=True) for half in decode(part.to(vae.device, vae.vae_dtype)).split(sizes, 1)]
+                    for part in samples.split(together)
                 ]
-                out = torch.cat(parts)
+                out = [torch.cat(half) for half in zip(*parts)]
             except OUT_OF_MEMORY as error:
                 reraise_unless_out_of_memory(error)
                 logging.warning("Mend: out of memory when decoding the whole picture, going on in tiles.")
         if out is None:  # outside of the handler, which holds on to what was allocated
             management.soft_empty_cache()
             management.load_models_gpu([vae.patcher, network], memory_required=memory, force_full_load=vae.disable_offload)
-            out = _decode_tiles(vae, samples, lambda part: decode(part.to(vae.device, vae.vae_dtype)).to(dtype=dtype), channels, tiling)
-        return vae.process_output(out[:, :3]), out[:, 3:]
+            tiles = _decode_tiles(vae, samples, lambda part: decode(part.to(vae.device, vae.vae_dtype)).to(dtype=dtype), channels, tiling)
+            out = [half.clone() for half in tiles.split(sizes, 1)]
+        return vae.process_output(out[0]), out[1]
 
 
 def _decode_tiles(vae: "VAE", samples: Tensor, decode: Callable[[Tensor], Tensor], channels: int, tiling: tuple[int, int]) -> Tensor:
@@ -744,3 +836,8 @@ def sample_with(patcher: "ModelPatcher", conditioning: list, noise: Tensor, samp
     sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", steps)
     latent = torch.zeros_like(noise)
     return comfy.sample.sample_custom(patcher, noise, 1.0, sampler, sigmas, conditioning, conditioning, latent, disable_pbar=True, seed=0)
+
+
+def make_room(device: torch.device, size: float) -> None:
+    """Have the host move its models away until so many bytes are free on a device, beside what it keeps in reserve."""
+    comfy.model_management.free_memory(size + comfy.model_management.extra_reserved_memory(), device)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import comfy.conds
 
+from .lq_pictures import Encoding
+
 
 class LatentCondition:
     """A degraded latent, and where it counts.
@@ -19,12 +21,18 @@ class LatentCondition:
         c_lq: (B, C, h, w) or (B, C, f, h, w), as the model sees latents.
         mask: (M, H, W) in 0..1, of any size; None for everywhere.
         node: whom messages name.
+        again: gives what there is for another number of frames than c_lq has, or raises a ValueError; None where there is nothing else.
     """
 
     WHAT = "degraded latent"
 
-    def __init__(self, key: str, c_lq: Tensor, mask: Tensor | None, node: str) -> None:
-        self.key, self.c_lq, self.mask, self.node = key, c_lq, mask, node
+    def __init__(self, key: str, c_lq: Tensor, mask: Tensor | None, node: str, again: Encoding | None = None) -> None:
+        self.key, self.c_lq, self.mask, self.node, self.again = key, c_lq, mask, node, again
+
+    def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """OUTER_SAMPLE wrapper: what has to be encoded again is, while the model is not yet loaded."""
+        self.encoded(noise)
+        return executor(noise, *args, **kwargs)
 
     def sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any,
                        **kwargs: Any) -> Tensor:
@@ -32,8 +40,14 @@ class LatentCondition:
         with conds_with(guider, {self.key: comfy.conds.CONDNoiseShape(self.fitted(noise))}):
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
+    def encoded(self, noise: Tensor) -> Tensor:
+        """Return what there is for the frames of a run."""
+        if self.again is None or getattr(noise, "is_nested", False) or noise.ndim != 5 or noise.shape[2] == self.c_lq.shape[2]:
+            return self.c_lq
+        return self.again(noise.shape[2])
+
     def fitted(self, noise: Tensor) -> Tensor:
-        """Return latent and mask for a run, (B, C + 1, ...) on the noise's device; up to a cell is padded or cropped.
+        """Return latent and mask for a run, (B, C + 1, ...) on the noise's device; up to a cell of height and width is padded or cropped.
 
         Raises:
             ValueError: when picture or mask do not fit the latent; the message names the input and both sizes.
@@ -41,11 +55,12 @@ class LatentCondition:
         if getattr(noise, "is_nested", False) or noise.ndim != self.c_lq.ndim or not self.goes_with(noise):
             raise ValueError(f"{self.node}: the {self.WHAT} is {_size(self.c_lq)} and the one that is sampled {_size(noise)}. "
                              "Use the VAE of this model.")
-        batch, sides = noise.shape[0], noise.shape[2:]
-        if any(abs(side - own) > 1 for side, own in zip(sides, self.c_lq.shape[2:])):
-            raise ValueError(f"{self.node}: the {self.WHAT} is {_size(self.c_lq)} and the one that is sampled {_size(noise)}. "
+        c_lq, batch, sides = self.encoded(noise), noise.shape[0], noise.shape[2:]
+        other_frames = sides[:-2] != c_lq.shape[2:-2]
+        if other_frames or any(abs(side - own) > 1 for side, own in zip(sides[-2:], c_lq.shape[-2:])):
+            raise ValueError(f"{self.node}: the {self.WHAT} is {_size(c_lq)} and the one that is sampled {_size(noise)}. "
                              "Encode the same picture that you connect here (Frame Image pads both alike).")
-        c_lq = _rows(self.shown(_resized(self.c_lq, sides), noise), batch, "degraded", self.node)
+        c_lq = _rows(self.shown(_resized(c_lq, sides), noise), batch, "degraded", self.node)
         mask = torch.ones_like(c_lq[:, :1]) if self.mask is None else _rows(_latent_mask(self.mask, sides), batch, "mask", self.node)
         return torch.cat([c_lq, mask.to(c_lq)], 1).to(noise.device)
 
@@ -77,14 +92,15 @@ class FeatureCondition(LatentCondition):
     """Features of the degraded picture instead of its latent, one for each latent cell.
 
     Args:
-        key, c_lq, mask, node: as there; c_lq has any number of channels.
+        key, c_lq, mask, node, again: as there; c_lq has any number of channels.
         embed: makes what the model is shown of the features, (B, ...) -> (B, ...); runs once a run, on the device of the noise.
     """
 
     WHAT = "encoded degraded picture"
 
-    def __init__(self, key: str, c_lq: Tensor, mask: Tensor | None, node: str, embed: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(key, c_lq, mask, node)
+    def __init__(self, key: str, c_lq: Tensor, mask: Tensor | None, node: str, embed: Callable[[Tensor], Tensor],
+                 again: Encoding | None = None) -> None:
+        super().__init__(key, c_lq, mask, node, again)
         self.embed = embed
 
     def goes_with(self, noise: Tensor) -> bool:
@@ -129,8 +145,8 @@ def _rows(latent: Tensor, batch: int, name: str, node: str) -> Tensor:
 
 
 def _latent_mask(mask: Tensor, sides: tuple[int, ...]) -> Tensor:
-    """Return (M, 1, *sides): averages over cells. On video the masks are frames, spread over the latent's frames."""
+    """Return (M, 1, *sides): averages over cells. On videos the masks are frames, spread over the latent's frames."""
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().clamp(0, 1)
-    if len(sides) == 2:
-        return F.interpolate(mask, sides, mode="area")
+    if len(sides) == 2 or sides[0] == 1:
+        return F.interpolate(mask, sides[-2:], mode="area").reshape(-1, 1, *sides)
     return F.interpolate(mask.movedim(0, 1).unsqueeze(0), sides, mode="area")

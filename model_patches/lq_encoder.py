@@ -36,6 +36,15 @@ def check_vae(vae: "VAE", channels: int) -> None:
                          "Connect the VAE it was trained with.")
 
 
+def lq_vae(vae: "VAE", tensors: dict[str, Tensor]) -> "VAE":
+    """Return a VAE whose `encode` gives features as lq_features does.
+
+    Raises:
+        ValueError: for a VAE that is not known, or an encoder of another kind of VAE's.
+    """
+    return feature_vae(with_encoder(vae, tensors))
+
+
 def lq_features(vae: "VAE", pictures: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     """Encode (B, H, W, 3) in 0..1 to features (B, C, h, w), or to those of one video (1, C, T, h, w) where the VAE knows videos.
 
@@ -47,7 +56,7 @@ def lq_features(vae: "VAE", pictures: Tensor, tensors: dict[str, Tensor]) -> Ten
     Raises:
         ValueError: for a VAE that is not known, or an encoder of another kind of VAE's.
     """
-    return feature_vae(with_encoder(vae, tensors)).encode(pictures).float()
+    return lq_vae(vae, tensors).encode(pictures).float()
 
 
 class LQEncoder(RobustEncoder):

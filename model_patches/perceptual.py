@@ -9,7 +9,7 @@ from torch import Tensor
 import comfy.utils
 import folder_paths
 
-from .host import LatentEncoder
+from .host import LatentEncoder, plain
 
 # torchvision's VGG16 up to relu2_2: convolutions at these places, a pooling after the second.
 VGG_LAYERS = (0, 2, 5, 7)
@@ -25,7 +25,7 @@ class Perceptual:
     """
 
     def __init__(self, encoder: LatentEncoder, vgg: dict[str, Tensor] | None) -> None:
-        self.encoder, self.vgg = encoder, vgg
+        self.encoder, self.vgg = encoder, plain(vgg)
 
     @property
     def name(self) -> str:

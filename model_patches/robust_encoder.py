@@ -28,7 +28,7 @@ def encoder_tensors(vae: "VAE", encode: Callable[[nn.Module, Tensor], Tensor] | 
         vae: the user's.
         encode: (first stage model, pixels) -> what is encoded; a latent without it.
     """
-    module = float_copy(vae.first_stage_model)
+    module = float_copy(vae)
     with gradients():
         module.requires_grad_(True)
         pixels = torch.zeros(1, 3, PROBE, PROBE) if vae.latent_dim == 2 else torch.zeros(1, 3, 1, PROBE, PROBE)
@@ -66,7 +66,7 @@ class RobustEncoder:
 
     def __init__(self, vae: "VAE", model: "BaseModel", tensors: dict[str, Tensor]) -> None:
         _checked(vae, tensors)
-        self.module = float_copy(vae.first_stage_model)
+        self.module = float_copy(vae)
         self.load(tensors)
         learning = copy.copy(vae)
         learning.first_stage_model, learning.vae_dtype = self.module, torch.float32

@@ -1,5 +1,6 @@
 """Diffusion Restoration Adapter (arXiv 2502.20679): make one for a model, and apply it."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..model_patches.errors import telling
 from ..model_patches.framing import rgb_pictures
 from ..model_patches.host import free_key, load_with
 from ..model_patches.lq_condition import LatentCondition
+from ..model_patches.lq_pictures import Encoding, encoded_pictures
 from ..model_patches.robust_encoder import encoder_tensors, with_encoder
 from ..model_patches.weights_file import Weights
 from .inputs import percent_inputs, seed_input
@@ -113,32 +115,37 @@ class ApplyRestorationAdapter(io.ComfyNode):
         if strength == 0:
             return io.NodeOutput(patched)
         if weights.config["size"] != "none":
-            raw = cls._latent(weights, degraded, vae, latent)
-            if raw.is_nested or raw.shape[1] != anatomy.latent_channels:
-                found = "of several parts" if raw.is_nested else f"of {raw.shape[1]} channels"
-                raise ValueError(f"{APPLY}: the degraded latent is {found}, and {anatomy.family} has {anatomy.latent_channels} channels. "
-                                 "Use the VAE of this model.")
-            c_lq = model.get_model_object("process_latent_in")(raw)
+
+            def seen(raw: Tensor) -> Tensor:
+                if raw.is_nested or raw.shape[1] != anatomy.latent_channels:
+                    found = "of several parts" if raw.is_nested else f"of {raw.shape[1]} channels"
+                    raise ValueError(f"{APPLY}: the degraded latent is {found}, and {anatomy.family} has {anatomy.latent_channels} channels. "
+                                     "Use the VAE of this model.")
+                return model.get_model_object("process_latent_in")(raw)
+
+            c_lq, again = cls._latent(weights, degraded, vae, latent, seen)
             network = inference_patcher(weights, anatomy)
-            condition = LatentCondition(free_key(patched, "mend_adapter"), c_lq, mask, APPLY)
+            condition = LatentCondition(free_key(patched, "mend_adapter"), c_lq, mask, APPLY, again)
             AdapterPatch(network.model, anatomy, condition, strength, start_percent, end_percent).attach(patched)
             load_with(patched, condition.key, [network])
         return io.NodeOutput(with_lora_of(patched, weights, lora_strength))
 
     @classmethod
-    def _latent(cls, weights: Weights, degraded: Tensor | None, vae: "VAE | None", latent: dict | None) -> Tensor:
-        """Return the damaged picture's raw latent."""
+    def _latent(
+        cls, weights: Weights, degraded: Tensor | None, vae: "VAE | None", latent: dict | None, seen: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Encoding | None]:  # fmt: skip
+        """Return the damaged picture's latent as the model sees it, and the same for other numbers of frames."""
         if latent is not None:
             if degraded is not None:
                 raise ValueError(f"{APPLY}: both 'latent' and 'degraded' are connected. Disconnect one of them.")
-            return latent["samples"]
+            return seen(latent["samples"]), None
         if degraded is None or vae is None:
             missing = "'degraded'" if degraded is None else "'vae'"
             raise ValueError(f"{APPLY}: {missing} is not connected. Connect the damaged picture and the model's VAE, or its latent instead.")
         pictures = rgb_pictures(degraded, APPLY, "degraded")
         with telling(f"{APPLY}: 'vae': {weights.name}"):
             encoder = with_encoder(vae, weights.tensors)
-        return encoder.encode(pictures)
+        return encoded_pictures(vae, pictures, lambda given: seen(encoder.encode(given)), APPLY)
 
 
 NODES = [NewRestorationAdapter, ApplyRestorationAdapter]

@@ -110,7 +110,8 @@ class ApplyDegradationDiffusion(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the model."),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=2.0, step=0.01,
-                    tooltip="How much of the damage that is found is removed. 0 removes nothing; above 1 takes away more than was found.",
+                    tooltip="How much of the damage that is found is removed; above 1 more than that. At 0 nothing is, but in the latent form "
+                    "the picture still goes through the VAE.",
                 ),
                 io.Float.Input(
                     "instruction_cfg", default=1.0, min=0.0, max=10.0, step=0.1,
@@ -120,7 +121,7 @@ class ApplyDegradationDiffusion(io.ComfyNode):
                 io.Mask.Input(
                     "mask", optional=True, tooltip="White where damage is removed. Black parts keep the picture as it is, to the bit."
                 ),
-                *percent_inputs(),
+                *percent_inputs("This is about the networks: the LoRA or fine-tune among the weights acts throughout."),
             ],
             outputs=[
                 io.Model.Output(
@@ -172,7 +173,7 @@ class DegradationSpace(io.ComfyNode):
                 io.Int.Input(
                     "samples", default=1, min=1, max=16,
                     tooltip="How many samples of the damage are averaged: 2 to 4 are truer to the picture and smoother, and take as many "
-                    "times longer.",
+                    "times longer. Where the schedule ends before the noise does (the high half of SplitSigmas) it is one.",
                 ),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],

@@ -14,7 +14,8 @@ from ..model_patches.framing import rgb_pictures
 from ..model_patches.fusion_patch import FusionPatch, check_fit, grown, inference_patcher, new_fusion
 from ..model_patches.host import free_key, load_with
 from ..model_patches.lq_condition import FeatureCondition
-from ..model_patches.lq_encoder import check_vae, lq_features
+from ..model_patches.lq_encoder import check_vae, lq_vae
+from ..model_patches.lq_pictures import encoded_pictures
 from ..model_patches.weights_file import Weights
 from .inputs import percent_inputs, seed_input
 from .weights import WeightsSocket
@@ -129,9 +130,10 @@ class ApplyFusion(io.ComfyNode):
         pictures = rgb_pictures(degraded, APPLY, "degraded")
         with telling(f"{APPLY}: 'vae': {weights.name}"):
             check_vae(vae, weights.config["features"])
-            features = lq_features(vae, pictures, weights.tensors)
+            seeing = lq_vae(vae, weights.tensors)
+        features, again = encoded_pictures(vae, pictures, lambda given: seeing.encode(given).float(), APPLY)
         network = inference_patcher(weights, anatomy)
-        condition = FeatureCondition(free_key(patched, "mend_fusion"), features, mask, APPLY, network.model.embed)
+        condition = FeatureCondition(free_key(patched, "mend_fusion"), features, mask, APPLY, network.model.embed, again)
         FusionPatch(network.model, anatomy, condition, strength, start_percent, end_percent).attach(patched)
         load_with(patched, condition.key, [network])
         return io.NodeOutput(with_lora_of(patched, weights, lora_strength))

@@ -15,6 +15,7 @@ from ..model_patches import degradation_model
 from ..model_patches import degradation_tokenizer as tokenizer
 from ..model_patches.degradation_estimator import findings, mixed_tokens
 from ..model_patches.degradation_tokenizer import Instruction, blended, instruction_of
+from ..model_patches.errors import telling
 from ..model_patches.weights_file import Weights
 from ..training.degradation_estimator import new_estimator
 from ..training.degradation_tokenizer import new_tokenizer
@@ -90,6 +91,7 @@ class EncodeVisualInstruction(io.ComfyNode):
         """Return the instruction."""
         if weights.kind != degradation_model.KIND:
             return io.NodeOutput(instruction_of(weights, degraded, clean, words, ENCODE))
+        degradation_model.check_config(weights, ENCODE)
         own = weights.once(tokenizer.KIND, partial(degradation_model.tokenizer_of, weights))
         # Of a file in bf16 its tokens are not quite those that it was trained with, but near enough for itself.
         return io.NodeOutput(replace(instruction_of(own, degraded, clean, words, ENCODE), codebook=weights.config["codebook"]))
@@ -164,7 +166,8 @@ class EstimateVisualInstruction(io.ComfyNode):
     def execute(cls, weights: Weights, image: Tensor, confidence: float) -> io.NodeOutput:
         """Return instruction, chart and words."""
         found = [finding.present(confidence) for finding in findings(weights, image, ESTIMATE)]
-        scales, chart = from_json(weights.config["scales"]), weights.config["chart"]
+        with telling(f"{ESTIMATE}: {weights.name} is of another version. Update the pack, or load another file:"):
+            scales, chart = from_json(weights.config["scales"]), weights.config["chart"]
         clean, charts, words = visual_ground(chart["seed"], chart["size"]), [], ""
         for places in found:
             recipe = recipe_of({scales[kind].kind: place for kind, place in places.items()}, scales)

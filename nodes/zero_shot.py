@@ -19,7 +19,7 @@ from ..samplers.posterior_guidance import Posterior
 from ..samplers.presets import ALIGNMENTS
 from ..samplers.quality import Quality
 from ..samplers.recurrence import RecurrentSampler
-from .inputs import seed_input
+from .inputs import seed_input, usable_mask
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -29,8 +29,18 @@ if TYPE_CHECKING:
 AlignmentSocket = io.Custom("MEND_ALIGNMENT")
 QualitySocket = io.Custom("MEND_QUALITY")
 
+GUIDANCE = "Apply Posterior Guidance"
 OF_PRESET = "-1 keeps the preset's value."
 BELOW = "Acts once sampling has come down to this model timestep (of 1000)."
+
+
+def _check_vae(vae: "VAE", model: "ModelPatcher", node: str) -> None:
+    channels = model.model.latent_format.latent_channels
+    if vae.latent_channels != channels:
+        raise ValueError(
+            f"{node}: 'vae' gives latents of {vae.latent_channels} channels and 'model' works on {channels}; connect the VAE that belongs "
+            "to the model."
+        )
 
 
 def _weight(name: str, most: float, step: float, tooltip: str) -> io.Input:
@@ -68,8 +78,10 @@ class FPAMAlignment(io.ComfyNode):
                 _weight("rate", 0.1, 0.00001, "Learning rate of F-PAM."),
                 _weight("style_rate", 0.1, 0.00001, "Learning rate of D1."),
                 _weight("residual_rate", 0.1, 0.00001, "Learning rate of D2."),
-                _count("updates", 100, "Training steps of F-PAM at each sampling step."),
-                _count("warmup", 1000, "Training steps before guidance begins, when sampling starts late."),
+                _count("updates", 100, "Training steps of F-PAM at each sampling step, at least 1 with a random start."),
+                _count(
+                    "warmup", 1000, "Training steps before guidance begins, when sampling starts late, at least 1 with a random start."
+                ),
                 _count("crop", 2048, "Side in pixels of the crops it trains on."),
                 _count("grid", 64, "Rows and columns of the damage map: 1 for damage that is the same everywhere, more for haze."),
                 io.Combo.Input(
@@ -85,10 +97,12 @@ class FPAMAlignment(io.ComfyNode):
     def execute(cls, preset: str, start: str, **overrides: float) -> io.NodeOutput:
         """Return the preset with what the user has set."""
         changes = {name: value for name, value in overrides.items() if value >= 0}
-        for name in changes.keys() & {"crop", "grid"}:
-            changes[name] = max(1, changes[name])
+        at_least_one = {"crop", "grid"}
         if start == "random":
             changes["coarse"] = 1
+            at_least_one |= {"updates", "warmup"}  # what knows nothing yet must not guide
+        for name in changes.keys() & at_least_one:
+            changes[name] = max(1, changes[name])
         return io.NodeOutput(replace(ALIGNMENTS[preset], start=start, **changes))
 
 
@@ -171,7 +185,7 @@ class FirstGuess(io.ComfyNode):
     @classmethod
     def execute(cls, degraded: Tensor, alignment: Alignment, quality: Quality | None = None) -> io.NodeOutput:
         """Return the guesses, each made from its own picture alone."""
-        pictures = rgb_pictures(degraded, "First Guess", "degraded").movedim(-1, 1).split(1)
+        pictures = rgb_pictures(degraded, "First Guess", "degraded").float().movedim(-1, 1).split(1)
         guesses = [first_guess(y, known_degradation(y, quality, alignment.grid, alignment.grey)) for y in pictures]
         return io.NodeOutput(torch.cat(guesses).movedim(1, -1))
 
@@ -184,7 +198,7 @@ class ApplyPosteriorGuidance(io.ComfyNode):
         """Return the node's face."""
         return io.Schema(
             node_id="MendApplyPosteriorGuidance",
-            display_name="Apply Posterior Guidance",
+            display_name=GUIDANCE,
             category="restoration/zero-shot",
             description="Make a model restore a picture without training: while it samples, what it predicts is kept consistent with the "
             "damaged picture. Written for SD, SDXL, SD3, FLUX and single WAN frames; tried on tiny models of these kinds, measured on the "
@@ -260,7 +274,8 @@ class ApplyPosteriorGuidance(io.ComfyNode):
         mask: Tensor | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         """Return the model under guidance."""
-        pictures = rgb_pictures(degraded, "Apply Posterior Guidance", "degraded")
+        _check_vae(vae, model, GUIDANCE)
+        pictures, mask = rgb_pictures(degraded, GUIDANCE, "degraded"), usable_mask(mask, GUIDANCE)
         through_model, published = gradient == "through model", update == "published"
         settings = Posterior(strength, t1 / 1000, steps, every, noise, companion, through_model, published, published_scale, tile)
         vgg = None
@@ -309,12 +324,7 @@ class NoiseMatchedStart(io.ComfyNode):
             raise ValueError(
                 f"Noise-Matched Start: 'at_least' is {at_least:g} and 'steps' {steps}; give a share between 0 and 1, and one step or more."
             )
-        channels = model.model.latent_format.latent_channels
-        if vae.latent_channels != channels:
-            raise ValueError(
-                f"Noise-Matched Start: 'vae' gives latents of {vae.latent_channels} channels and 'model' works on {channels}; connect the VAE "
-                "that belongs to the model."
-            )
+        _check_vae(vae, model, "Noise-Matched Start")
         pictures = rgb_pictures(image, "Noise-Matched Start")
         start = MatchedStart.of([latent_noise(model, vae, picture) for picture in pictures.split(1)], at_least, noise_seed)
         sigmas = start.sigmas(model.get_model_object("model_sampling"), steps)

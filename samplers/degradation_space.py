@@ -30,7 +30,8 @@ class DegradationSpaceSampler(comfy.samplers.Sampler):
 
     Args:
         inner: any host sampler.
-        samples: how many samples of the damage are averaged.
+        samples: how many samples of the damage are averaged, where a schedule ends without noise: the mean of several noisy states would
+            have too little of it, so that of a schedule that stops earlier there is one sample only.
     """
 
     def __init__(self, inner: comfy.samplers.Sampler, samples: int = 1) -> None:
@@ -53,13 +54,11 @@ class DegradationSpaceSampler(comfy.samplers.Sampler):
         """
         space = degradation_of(model_wrap.model_patcher).space(model_wrap.inner_model, noise)
         inner = self.inner if self.around is None else self.around(self.inner, space.residual)
-        start = torch.zeros_like(noise)
-        if latent_image is not None and not self.max_denoise(model_wrap, sigmas):
-            start = space.residual(latent_image.to(noise))
-        found, seed = torch.zeros_like(noise), extra_args.get("seed")
-        for index in range(self.samples):
+        start, found, seed = self._start(model_wrap, sigmas, space, noise, latent_image), torch.zeros_like(noise), extra_args.get("seed")
+        samples = 1 if sigmas[-1] > 0 else self.samples
+        for index in range(samples):
             interrupt_point()
-            shown = _showing(callback, space, index, self.samples)
+            shown = _showing(callback, space, found, index, samples)
             own, args = noise, extra_args
             if index:
                 # Where the first sample was given no noise the others get none: they start at the same place.
@@ -67,7 +66,13 @@ class DegradationSpaceSampler(comfy.samplers.Sampler):
                 own = round_noise(noise, salted, 0) * (noise != 0)
                 args = of_round({**extra_args, "seed": None if seed is None else salted}, sigmas, 0)
             found = found + inner.sample(model_wrap, sigmas, args, shown, own, start.clone(), denoise_mask, disable_pbar)
-        return space.picture(found / self.samples)
+        return space.picture(found / samples)
+
+    def _start(self, model_wrap: Any, sigmas: Tensor, space: Space, noise: Tensor, latent_image: Tensor | None) -> Tensor:
+        """Return y0 where sampling begins. The host takes a latent of zeros for none, and not for a picture that lost everything."""
+        if latent_image is None or not latent_image.any() or self.max_denoise(model_wrap, sigmas):
+            return torch.zeros_like(noise)
+        return space.residual(latent_image.to(noise))
 
 
 def degradation_of(patcher: Any, node: str = NODE) -> Degradation:
@@ -104,8 +109,14 @@ def demand_degradation_space(executor: Any, guider: Any, *args: Any, **kwargs: A
     return executor(guider, *args, **kwargs)
 
 
-def _showing(callback: Callable | None, space: Space, index: int, samples: int) -> Callable | None:
-    """A callback for one of several samples; how many steps one takes the inner sampler says, which may do more than one walk."""
+def _showing(callback: Callable | None, space: Space, found: Tensor, index: int, samples: int) -> Callable | None:
+    """A callback for one of several samples, which shows their mean so far.
+
+    How many steps one takes the inner sampler says, which may do more than one walk.
+
+    Args:
+        found: the sum of the samples before this one.
+    """
     if callback is None:
         return None
-    return lambda step, x0, x, total: callback(step + index * total, space.picture(x0), x, total * samples)
+    return lambda step, x0, x, total: callback(step + index * total, space.picture((found + x0) / (index + 1)), x, total * samples)

@@ -8,27 +8,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model_patches.host import (
+    OUT_OF_MEMORY,
     LatentEncoder,
     PixelDecoder,
     WrappersMP,
     add_run_wrappers,
+    casting_layers,
+    copied_weights,
+    differentiable_attention,
     gradients,
     is_flow,
+    is_quantised,
     load_with,
     plain,
     plain_weights,
+    reraise_unless_out_of_memory,
     reserve,
     unshared_norm_inputs,
 )
 from .alignment import Alignment
-from .posterior_guidance import Posterior, PosteriorRun, row_seed
+from .posterior_guidance import NODE, Posterior, PosteriorRun, row_seed
 from .quality import Quality
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import VAE
-
-NODE = "Apply Posterior Guidance"
 
 
 class GuidedModel:
@@ -49,10 +53,17 @@ class GuidedModel:
         self.vae, self.degraded, self.mask, self.vgg, self.on_finish = vae, degraded, mask, vgg, on_finish
 
     def attach(self, model: "ModelPatcher") -> "ModelPatcher":
-        """Return a clone of `model` under guidance; at strength 0 a clone that samples as the model itself."""
+        """Return a clone of `model` under guidance; at strength 0 a clone that samples as the model itself.
+
+        Raises:
+            ValueError: when the gradient is to go through a quantised model.
+        """
         patched = model.clone()
         if self.settings.strength == 0:
             return patched
+        if self.settings.through_model and is_quantised(model):
+            raise ValueError(f"{NODE}: 'gradient' is 'through model', and the weights of 'model' are quantised, which no gradient goes through. "
+                             "Set 'gradient' to 'prediction', or load the model in another precision.")
         add_run_wrappers(patched, "mend_posterior", {WrappersMP.OUTER_SAMPLE: self._outer_sample, WrappersMP.PREPARE_SAMPLING: self._prepare_sampling})
         load_with(patched, "mend_posterior", [self.vae.patcher])
         return patched
@@ -124,17 +135,33 @@ class _Predictor:
 
     def _through_model(self, executor: Any, guider: Any, x: Tensor, timestep: Tensor, sigma: float, model_options: dict, seed: int | None) -> Tensor:
         """Tweedie with the measurement: x0 - Cov[x0 | x] grad, the covariance applied by going back through the denoiser."""
+        try:
+            x0, g, direction = self._back_through(executor, guider, x, timestep, sigma, model_options, seed)
+        except OUT_OF_MEMORY as error:
+            reraise_unless_out_of_memory(error)
+            raise MemoryError(f"{NODE}: the way back through the model does not fit in memory. Set 'gradient' to 'prediction', or use a smaller "
+                              "picture for 'degraded' (and the latent).") from error
+        return self.run.descend(x0, g, direction, sigma)
+
+    def _back_through(self, executor: Any, guider: Any, x: Tensor, timestep: Tensor, sigma: float, model_options: dict,
+                      seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x0, the likelihood's gradient there, and the way to go."""
         base = guider.inner_model
-        with gradients(), unshared_norm_inputs(base.diffusion_model):
-            plain_weights(base.diffusion_model)
+        fetched = casting_layers(base.diffusion_model, guider.model_patcher.load_device)
+        with gradients(), unshared_norm_inputs(base.diffusion_model), copied_weights(fetched):
+            plain_weights(base.diffusion_model, fetched)
             plain_weights(base.model_sampling)
             guider.conds = plain(guider.conds)
             leaf = x.clone().requires_grad_(True)
-            x0 = executor(leaf, timestep.clone(), plain(model_options), seed)
+            options = plain(model_options)
+            options["transformer_options"] = differentiable_attention(options["transformer_options"])
+            x0 = executor(leaf, timestep.clone(), options, seed)
             g = self.run.gradient(x0.detach(), sigma)
             scale = sigma**2 / (1 - min(sigma, 0.999)) if is_flow(base.model_sampling) else sigma**2
-            direction = -scale * torch.autograd.grad(x0, leaf, g)[0]
-        return self.run.descend(x0.detach(), g, direction, sigma)
+            # Of a size that fits into the model's precision on the way back.
+            size = g.abs().max().clamp(min=torch.finfo(g.dtype).tiny)
+            direction = -scale * size * torch.autograd.grad(x0, leaf, g / size)[0]
+        return x0.detach(), g, direction
 
 
 def fitted_pictures(degraded: Tensor, batch: int, latent_size: tuple[int, int], cell: int) -> Tensor:
@@ -183,8 +210,8 @@ def _centred(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _with_companions(noise: Tensor, latent: Tensor, mask: Tensor | None, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Append one companion a picture: its own noise, the same starting latent, and no mask held over it."""
-    rows = [torch.randn(row.shape, generator=torch.Generator().manual_seed(row_seed(seed, row) ^ 1)).to(row) for row in noise]
+    """Append one companion a picture: as much noise of its own, the same starting latent, and no mask held over it."""
+    rows = [torch.randn(row.shape, generator=torch.Generator().manual_seed(row_seed(seed, row) ^ 1)).to(row) * row.std() for row in noise]
     if mask is not None:
         mask = torch.cat([mask, torch.ones_like(mask)])
     return torch.cat([noise, torch.stack(rows)]), torch.cat([latent, latent]), mask

@@ -9,6 +9,7 @@ read as a likelihood so that its weight has units; the second is what the prior 
 search, so nothing depends on the size of the latent, the decoder's scale or the batch.
 """
 
+import logging
 import zlib
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ from .alignment import Alignment, AlignmentRun, Window, cut
 from .first_guess import known_degradation
 from .quality import Quality, quality_loss
 
+log = logging.getLogger(__name__)
+NODE = "Apply Posterior Guidance"
 # How far psi of a perfect restoration may still lie from y besides noise: half of it sets how hard clean parts are pulled.
 MISFIT = 0.02
 LEAST_TILE = 16
@@ -164,6 +167,8 @@ class PosteriorRun:
             parts, slopes, ways = (list(t.clone().split(1)) for t in (x0, g, direction))
             for index, row in enumerate(self.rows):
                 if time < self.settings.guide_below:
+                    if not self._usable(ways[index]):
+                        continue
                     step = self._step_length(row, parts[index], slopes[index], ways[index], self._variance(sigma), None)
                     parts[index] = parts[index] + step.clamp(max=1.0) * ways[index]
             return torch.cat(parts)
@@ -175,8 +180,12 @@ class PosteriorRun:
         updates = a.warmup if late and not self.started else a.updates
         for _ in range(updates):
             interrupt_point()
-            crop, window = self._decoded_crop(row, z0, companion)
-            row.alignment.update(crop, window, late)
+            try:
+                crop, window = self._decoded_crop(row, z0, companion)
+                row.alignment.update(crop, window, late)
+            except OUT_OF_MEMORY as error:
+                reraise_unless_out_of_memory(error)
+                raise MemoryError(f"{NODE}: F-PAM does not fit in memory as it learns. Lower 'crop' in F-PAM Alignment, or use a lighter 'vae'.") from error
             self.counters.updates += 1
 
     def _decoded_crop(self, row: Row, z0: Tensor, companion: Tensor | None) -> tuple[Tensor, Window]:
@@ -210,29 +219,43 @@ class PosteriorRun:
             interrupt_point()
             likelihood, seen = self._with_smaller_tiles(self._likelihood, row, z, companion, time)
             g = likelihood + (z - z0) / variance
+            if not self._usable(g):
+                break
             if direction is None:
                 direction = -g
             else:
                 beta = ((g * (g - before)).sum() / before.square().sum().clamp(min=1e-30)).clamp(min=0)
                 direction = -g + beta * direction
             step = self._step_length(row, z, g, direction, variance, seen)
+            if not step > 0:
+                break
             z, before = z + step * direction, g
         return z
+
+    def _usable(self, g: Tensor) -> bool:
+        """Tell whether a gradient is finite; half precision can end that, and one bad value would spoil the whole picture."""
+        finite = bool(torch.isfinite(g).all())
+        if not finite:
+            log.warning("%s: a gradient is not finite, and this step goes without it. If this comes often, run the VAE in a higher precision "
+                        "(start ComfyUI with --fp32-vae)%s.", NODE, " or set 'gradient' to 'prediction'" if self.settings.through_model else "")
+        return finite
 
     def _step_length(self, row: Row, z: Tensor, g: Tensor, direction: Tensor, variance: float, seen: list[Tensor] | None) -> Tensor:
         """Minimum of the quadratic model along a direction: the likelihood's curvature from one more decode, the prior's known."""
         size = direction.square().mean().sqrt()
-        if not torch.isfinite(size) or size == 0:
+        if size == 0 or not torch.isfinite(size):
             return z.new_zeros(())
         probe = 0.1 * variance**0.5 / size
         with torch.no_grad():
             change = self._with_smaller_tiles(self._change, row, z, z + probe * direction, seen)
         curvature = self._weight(row) * change / probe**2 + direction.square().sum() / variance
-        return (-(g * direction).sum() / curvature).clamp(min=0)
+        return torch.nan_to_num(-(g * direction).sum() / curvature, nan=0.0).clamp(min=0)
 
     def _published_step(self, row: Row, z0: Tensor, companion: Tensor | None, sigma: float, index: int, time: float) -> Tensor:
         """x_next -= s * dL/dx0 on the papers' variance preserving state, as the change of x0 that gives it under Euler or DDIM."""
         g, _ = self._with_smaller_tiles(self._likelihood, row, z0, companion, time)
+        if not self._usable(g):
+            return z0
         mean_gradient = g / (self._weight(row) * row.y.numel() / 2)
         following = self.sigmas[index + 1] if index + 1 < len(self.sigmas) else 0.0
         scale = self.settings.published_scale * (z0.shape[-1] * z0.shape[-2] / 4096)
@@ -241,8 +264,9 @@ class PosteriorRun:
 
     def _likelihood(self, row: Row, z: Tensor, companion: Tensor | None, time: float) -> tuple[Tensor, list[Tensor]]:
         """Gradient of strength * N / (2 s^2) * (L + Q) and psi of every tile."""
-        g, looks = torch.zeros_like(z), []
-        for region in self._regions(z):
+        g, looks, regions = torch.zeros_like(z), [], self._regions(z)
+        slope = self._quality_slope(z, regions, time) if len(regions) > 1 else None
+        for region in regions:
             leaf = z.detach().clone().requires_grad_(True)
             x, window = self._decode_window(leaf, region)
             other = None
@@ -253,14 +277,30 @@ class PosteriorRun:
                 # Outside the mask the picture is looked at, by Q and D2 too, but not moved.
                 x = torch.lerp(x.detach(), x, cut(row.mask, window, x))
             loss, seen = row.alignment.distance(x, window, other, row.mask)
-            if self.quality is not None:
+            if self.quality is not None and len(regions) == 1:
                 loss = loss + quality_loss(x, self.quality, time)
-            part, = torch.autograd.grad(loss * (self._weight(row) * x.numel() / 2), leaf)
-            g += part
+            loss = loss * (x.numel() / 2)
+            if slope is not None:
+                loss = loss + (x * cut(slope, window, x)).sum() * (slope.numel() / 2)
+            # The weight comes after the way back, whose numbers have to fit into the decoder's precision.
+            part, = torch.autograd.grad(loss, leaf)
+            g += self._weight(row) * part
             looks.append(seen.detach())
             self.counters.decodes += 1
             self.counters.decoder_backwards += 1
         return g, looks
+
+    def _quality_slope(self, z: Tensor, regions: list[tuple[int, int, int, int]], time: float) -> Tensor | None:
+        """Gradient of Q at the whole picture (1, 3, H, W), whose tiles may each be of one colour or light; None where nothing is active."""
+        if self.quality is None or not self.quality.active(time):
+            return None
+        with torch.no_grad():
+            tiles = [self._decode_window(z, region)[0] for region in regions]
+        self.counters.decodes += len(tiles)
+        columns = len({left for _, _, left, _ in regions})
+        whole = torch.cat([torch.cat(tiles[first:first + columns], -1) for first in range(0, len(tiles), columns)], -2)
+        leaf = whole.requires_grad_(True)
+        return torch.autograd.grad(quality_loss(leaf, self.quality, time), leaf)[0]
 
     def _looks(self, row: Row, z: Tensor) -> list[Tensor]:
         looks = []
@@ -311,7 +351,7 @@ class PosteriorRun:
             except OUT_OF_MEMORY as error:
                 reraise_unless_out_of_memory(error)
                 if self.tile <= LEAST_TILE:
-                    raise MemoryError("Apply Posterior Guidance: the decoder's backward pass does not fit in memory even on the smallest tiles; "
+                    raise MemoryError(f"{NODE}: the decoder's backward pass does not fit in memory even on the smallest tiles; "
                                       "use a smaller picture for 'degraded' (and the latent), or a lighter 'vae'") from error
             self.tile = max(LEAST_TILE, self.tile // 2)
 

@@ -37,6 +37,11 @@ class Quality:
     clarity: float = 0.0
     clarity_below: float = 0.15
 
+    def active(self, time: float) -> bool:
+        """Tell whether any constraint acts at a model time."""
+        constraints = ((self.exposure, self.exposure_below), (self.chroma, self.chroma_below), (self.clarity, self.clarity_below))
+        return any(weight > 0 and time < below for weight, below in constraints)
+
 
 def exposure_loss(x: Tensor, target: float, patch: int) -> Tensor:
     """Mean squared distance of every patch's brightness from `target`; x (B, 3, H, W) in 0..1."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import comfy.samplers
 
-from ..model_patches.host import interrupt_point
+from ..model_patches.host import interrupt_point, keep_loaded
 from .posterior_guidance import row_seed
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class RecurrentSampler(comfy.samplers.Sampler):
             interrupt_point()
             done = len(sigmas) - 1 + index * (len(later) - 1)
             start = x if self.vae is None else self._reencode(base, x, denoise_mask)
+            if self.vae is not None:
+                keep_loaded(model_wrap)
             fresh = round_noise(noise, extra_args.get("seed") or 0, index)
             args, shown = of_round(extra_args, later, index), counting(callback, done, total)
             x = self.inner.sample(model_wrap, later, args, shown, fresh, start, denoise_mask, disable_pbar)

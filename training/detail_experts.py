@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.amp import autocast
 
 from ..model_patches import folders
+from ..model_patches.config_values import whole_number
 from ..model_patches.daem import SIZES, DetailExperts
-from ..model_patches.detail_decoder import ExpertRun
-from ..model_patches.detail_experts import DAEM, LARGEST_WINDOW, LATENTS, SIGNATURE, WINDOW_STEP, check_fit, new_weights
+from ..model_patches.detail_decoder import MEMORY_FACTOR, ExpertRun
+from ..model_patches.detail_experts import DAEM, LARGEST_WINDOW, LATENTS, SIGNATURE, WINDOW_STEP, check_fit, known_settings, new_weights
 from ..model_patches.experts import KERNELS, balance
-from ..model_patches.host import float_copy, trained_operations
+from ..model_patches.host import BACKWARD_FACTOR, float_copy, make_room, trained_operations
 from ..model_patches.perceptual import Perceptual, vgg16_weights
 from ..model_patches.vae_sites import skips
 from ..model_patches.weights_file import Weights, part_of
@@ -41,10 +42,9 @@ def new_experts(models: Models, config: Mapping[str, Any]) -> Weights:
         ValueError: for other entries or values, and without a VAE.
     """
     given = DEFAULTS | dict(config)
-    window_fits = isinstance(given["window"], int) and 0 <= given["window"] <= LARGEST_WINDOW and given["window"] % WINDOW_STEP == 0
-    if given.keys() - DEFAULTS.keys() or given["size"] not in SIZES or given["latents"] not in LATENTS or not window_fits:
+    if given.keys() - DEFAULTS.keys() or not known_settings(given) or not whole_number(given["seed"]):
         raise ValueError(f"new detail experts take size ({', '.join(SIZES)}), window (0 to {LARGEST_WINDOW} in steps of {WINDOW_STEP}), "
-                         f"seed, latents ({', '.join(LATENTS)}) and perceptual; found {dict(config)}.")
+                         f"seed (from 0), latents ({', '.join(LATENTS)}) and perceptual (from 0, which leaves it out); found {dict(config)}.")
     if models.vae is None:
         raise ValueError("new detail experts need a VAE.")
     return new_weights(models.vae, **given)
@@ -77,10 +77,12 @@ class DetailExpertsTrainee:
     @contextmanager
     def attach(self, models: Models) -> Iterator[None]:
         """Make a copy of the VAE that gradients flow through; the user's is only read."""
-        self.vae, self.device = models.vae, models.vae.device
-        self.module = float_copy(models.vae.first_stage_model).to(self.device)
+        self.vae, self.device, self.room = models.vae, models.vae.device, 0.0
+        module = float_copy(models.vae)
+        make_room(self.device, sum(tensor.nbytes for part in (module, self.network) for tensor in part.state_dict().values()))
+        self.module = module.to(self.device)
         self.network.to(self.device)
-        self.perceptual = self._perceptual() if self.config.get("perceptual") else None
+        self.perceptual = self._perceptual() if self.config["perceptual"] else None
         try:
             yield
         finally:
@@ -92,6 +94,7 @@ class DetailExpertsTrainee:
         The balance of experts is that of the whole batch, and so is what routers take for usual: how samples are spread over batches and
         processes counts a little.
         """
+        self._make_room(batch.clean.shape)
         clean = self._pixels(batch.clean)
         with torch.no_grad():
             latents = self.latents(batch, generators)
@@ -104,12 +107,13 @@ class DetailExpertsTrainee:
     @torch.no_grad()
     def validate(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
         """Decode latents as in training, drawn by the generators."""
+        self._make_room(batch.clean.shape)
         return self.restored(self.latents(batch, generators), batch.degraded).cpu()
 
     def latents(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
         """Return what is decoded, (B, C, h, w): clean latents with a little noise; in a mix half of them with fine damage left in."""
         clean, degraded = self.encode(batch.clean), self.encode(batch.degraded)
-        kind, rows = self.config.get("latents", "mix"), []
+        kind, rows = self.config["latents"], []
         for near, far, generator in zip(clean, degraded, generators):
             moved, part, noise = torch.rand(3, generator=generator).tolist()
             left = {"clean": 0.0, "degraded": 1.0, "mix": MOST_LEFT * part if moved < 0.5 else 0.0}[kind]
@@ -158,6 +162,15 @@ class DetailExpertsTrainee:
         with torch.no_grad():
             target = self.perceptual.features(clean)
         return self.perceptual.to_features(restored, target) / target.square().mean()
+
+    def _make_room(self, shape: torch.Size) -> None:
+        """Have the host give way to a step on pictures (B, H, W, 3); it knows nothing of what is computed here."""
+        cell = self.vae.spacial_compression_decode()
+        one = self.vae.memory_used_decode((1, self.vae.latent_channels, shape[1] // cell, shape[2] // cell), torch.float32)
+        size = shape[0] * BACKWARD_FACTOR * MEMORY_FACTOR * one
+        if size > self.room:
+            make_room(self.device, size)
+            self.room = size
 
     def _perceptual(self) -> Perceptual:
         folders.register()  # where no nodes are loaded nobody has

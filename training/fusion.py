@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model_patches.config_values import whole_number
+from ..model_patches.config_values import one_of, whole_number
 from ..model_patches.daff import PRESETS
 from ..model_patches.diffusion_adapter import DiffusionAdapter
 from ..model_patches.encoder_features import feature_channels
@@ -40,8 +40,9 @@ def fresh_fusion(models: Models, config: Mapping[str, Any]) -> Weights:
         ValueError: for other entries or presets, for missing models, and for a file that does not fit.
     """
     given = NEW | dict(config)
-    numbers = all(whole_number(given[name]) for name in ("rank", "seed"))
-    if given.keys() - NEW.keys() or given["preset"] not in PRESETS or not numbers:
+    fit = one_of(given["preset"], PRESETS) and all(whole_number(given[name]) for name in ("rank", "seed"))
+    of_kind = all(isinstance(given[name], type(NEW[name])) for name in ("train_encoder", "single", "start"))
+    if given.keys() - NEW.keys() or not fit or not of_kind:
         raise ValueError(f"a new fusion takes preset ({', '.join(PRESETS)}), rank, seed, train_encoder, single and start; "
                          f"found {dict(config)}.")
     if models.model is None or models.vae is None:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from comfy.sd import CLIP
+    from comfy.sd import CLIP, VAE
 
     from ..model_patches.weights_file import Weights
     from .trainee import Models
 
 TABLES = {"model", "weights", "data", "training"}
 KEYS = {"name", "runs", "output"}
+# What of the table [weights] is a file.
+FILES = ("tokenizer", "start")
 
 
 class ConfigError(ValueError):
@@ -82,7 +84,7 @@ def _parse(file: Path) -> dict[str, Any]:
 
 
 def load_models(config: Config) -> "Models":
-    """Load MODEL, CLIP and VAE as the table [model] says.
+    """Load MODEL, CLIP and VAE as the table [model] says; a VAE alone for what learns on nothing else, which is for trainees to tell.
 
     Raises:
         ConfigError: when it says nothing, or names files that are not there.
@@ -90,10 +92,10 @@ def load_models(config: Config) -> "Models":
     from .trainee import Models
 
     table = config.model
-    ways = [way for way in ("lab", "checkpoint", "diffusion_model") if way in table]
+    ways = [way for way in ("lab", "checkpoint", "diffusion_model") if way in table] or [way for way in ("vae",) if way in table]
     if len(ways) != 1:
         raise ConfigError("[model] needs exactly one of lab = \"unet\" or \"dit\", checkpoint = FILE, and diffusion_model = FILE with clip "
-                          "and vae.")
+                          "and vae; detail experts learn on vae = FILE alone.")
     if ways == ["lab"]:
         from ..lab.prior import KINDS, load_lab_prior
 
@@ -101,15 +103,14 @@ def load_models(config: Config) -> "Models":
             raise ConfigError(f"[model] lab is {table['lab']!r}; choose one of {', '.join(KINDS)}.")
         return Models(*load_lab_prior(table["lab"]))
     import comfy.sd
-    import comfy.utils
 
     if ways == ["checkpoint"]:
         file = _existing(config, "checkpoint", table["checkpoint"])
         return Models(*comfy.sd.load_checkpoint_guess_config(str(file), output_vae=True, output_clip=True)[:3])
-    model = comfy.sd.load_diffusion_model(str(_existing(config, "diffusion_model", table["diffusion_model"])))
+    file = _existing(config, "diffusion_model", table["diffusion_model"]) if "diffusion_model" in table else None
+    model = None if file is None else comfy.sd.load_diffusion_model(str(file))
     clip = _load_clip(config) if "clip" in table else None
-    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(_existing(config, "vae", table["vae"])))) if "vae" in table else None
-    return Models(model, clip, vae)
+    return Models(model, clip, _load_vae(config) if "vae" in table else None)
 
 
 def start_weights(config: Config, models: "Models") -> "Weights":
@@ -127,8 +128,9 @@ def start_weights(config: Config, models: "Models") -> "Weights":
         raise ConfigError("[weights] needs either file = FILE to start from, or kind = KIND with its settings for fresh ones.")
     if "file" in table:
         return load_file(_existing(config, "file", table["file"]))
-    if "tokenizer" in table:
-        table["tokenizer"] = str(_existing(config, "tokenizer", table["tokenizer"]))
+    for name in FILES:
+        if name in table:
+            table[name] = str(_existing(config, name, table[name]))
     return new_weights(table.pop("kind"), models, table)
 
 
@@ -143,7 +145,19 @@ def _load_clip(config: Config) -> "CLIP":
     return comfy.sd.load_clip(paths, clip_type=comfy.sd.CLIPType[kind.upper()])
 
 
+def _load_vae(config: Config) -> "VAE":
+    import comfy.sd
+    import comfy.utils
+
+    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(_existing(config, "vae", config.model["vae"]))))
+    if vae.first_stage_model is None:
+        raise ConfigError(f"vae = {config.model['vae']!r}: ComfyUI knows no VAE of this layout.")
+    return vae
+
+
 def _existing(config: Config, name: str, text: str) -> Path:
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} = {text!r}: give the name of a file.")
     path = config.path(text)
     if not path.is_file():
         raise ConfigError(f"{name} = {text!r}: there is no file {path}.")

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mend.degradations.evaluation import NAMES
 from mend.dev import demo_run
@@ -57,6 +57,18 @@ def test_users_photographs_are_made_to_fit(tmp_path, size, fitted):
             demo_run.users_photograph(file)
     else:
         assert demo_run.users_photograph(file).size == fitted
+
+
+def test_users_photographs_are_turned_as_the_camera_was_held(tmp_path):
+    photo = Image.new("RGB", (48, 32), (255, 0, 0))
+    photo.paste((0, 0, 255), (0, 0, 24, 32))
+    turn = Image.Exif()
+    turn[ExifTags.Base.Orientation] = 6  # a quarter clockwise
+    photo.save(tmp_path / "photo.jpg", exif=turn)
+    upright = demo_run.users_photograph(tmp_path / "photo.jpg")
+    assert upright.size == (32, 48)
+    above, below = upright.getpixel((16, 8)), upright.getpixel((16, 40))
+    assert above[2] > 200 > above[0] and below[0] > 200 > below[2]
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path):

@@ -78,17 +78,21 @@ def applied(family, weights, degraded=None, told=None, strength=1.0, cfg=1.0, ma
 
 
 def sampled(patcher, family, sampler=None, steps=STEPS, seed=1, cfg=1.0, denoise=1.0, latent=None, batch=1, height=8, width=8, noise_mask=None,
-            callback=None, noisy=True):  # fmt: skip
+            callback=None, noisy=True, sigmas=None):  # fmt: skip
     """LATENT samples, as SamplerCustom makes them; not `noisy` is its add_noise switched off."""
     shape = tiny_models.latent_shape(family, batch, height, width)
     latent = torch.zeros(shape) if latent is None else latent
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * noisy
-    sampling = patcher.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", round(steps / denoise))[-steps - 1:]
+    sigmas = schedule(patcher, round(steps / denoise))[-steps - 1:] if sigmas is None else sigmas
     positive, negative = tiny_models.conditioning(family), tiny_models.conditioning(family, 2)
     sampler = sampler or DegradationSpaceSampler(comfy.samplers.sampler_object("euler"))
     return comfy.sample.sample_custom(patcher, noise, cfg, sampler, sigmas, positive, negative, latent, noise_mask=noise_mask, callback=callback,
                                       disable_pbar=True, seed=seed)
+
+
+def schedule(patcher, steps, name="simple"):
+    """The host's sigmas of that many steps."""
+    return comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), name, steps)
 
 
 def removed(patcher, latent):

@@ -188,14 +188,10 @@ def test_video_of_any_length(size):
     assert result.isfinite().all() and not torch.equal(result, plain)
 
 
-@pytest.mark.parametrize(("frames", "other"), [(5, 4), (5, 6)])
-def test_a_frame_more_or_less(frames, other):
-    assert run("wan", lq("wan", frames=other), frames=frames).isfinite().all()
-
-
-def test_another_number_of_frames_is_refused():
-    with pytest.raises(ValueError, match="the degraded latent is 1x16x1x8x8 and the one that is sampled 1x16x5x8x8"):
-        run("wan", lq("wan"), frames=5)
+@pytest.mark.parametrize("frames", [1, 4, 6])
+def test_another_number_of_frames_is_refused(frames):
+    with pytest.raises(ValueError, match=f"the degraded latent is 1x16x{frames}x8x8 and the one that is sampled 1x16x5x8x8"):
+        run("wan", lq("wan", frames=frames), frames=5)
 
 
 def in_windows(patcher, dim, length=4, overlap=1, causal=False):

@@ -1,5 +1,7 @@
 """The degradation estimator: windows of any picture, tokens mixed out of the bank."""
 
+import math
+
 import pytest
 import torch
 
@@ -63,6 +65,8 @@ def test_incomplete_files_are_refused():
 
 @pytest.mark.parametrize(("name", "value"), [
     ("scales", []), ("scales", 3), ("scales", [["blur", "width"]]), ("scales", [["blur", "width", 3]]), ("scales", [["blur", "width", ["a", 1]]]),
+    ("scales", [["blur", "width", [0.0, 1.0]]]), ("scales", [["blur", "width", [1.0, -2.0]]]),
+    ("scales", [["blur", "width", [1.0, math.inf]]]), ("scales", [["blur", "width", [True, 2.0]]]),
     ("codebook", None), ("chart", [0, 32]), ("chart", {"seed": 0}), ("chart", {"seed": "0", "size": 32}),
 ])  # fmt: skip
 def test_files_that_are_not_understood_are_refused(name, value):

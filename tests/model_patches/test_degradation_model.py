@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import comfy.model_base
 import comfy.model_patcher
 from mend.model_patches import degradation_model, irb, via
 from mend.model_patches.anatomy import every_block
@@ -52,6 +53,18 @@ def test_untrained_it_predicts_what_the_frozen_model_does_bit_for_bit(family, si
     assert seen and all(map(torch.equal, seen, plain))
 
 
+@pytest.mark.parametrize("form", ["latent", "pixel"])
+@pytest.mark.parametrize("model_type", ["EPS", "V_PREDICTION", "FLOW"])
+def test_the_base_may_predict_noise_or_v_or_a_flow(model_type, form):
+    own = base("sd3" if model_type == "FLOW" else "sd15").clone()
+    family = "sd3" if model_type == "FLOW" else "sd15"
+    if model_type == "V_PREDICTION":
+        sampling = comfy.model_base.model_sampling(own.model.model_config, comfy.model_base.ModelType.V_PREDICTION)
+        own.add_object_patch("model_sampling", sampling)
+    y0 = own.model.process_latent_in(sampled(own, family, tiny_euler()))
+    torch.testing.assert_close(damage(applied(family, fresh(family, form), to=own), family), y0, atol=1e-3, rtol=1e-3)
+
+
 def tiny_euler():
     import comfy.samplers
 
@@ -69,6 +82,18 @@ def test_every_part_is_at_work(family):
             less[name] = torch.zeros_like(less[name])
             changed = dataclasses.replace(weights, tensors=less)
             assert not torch.equal(whole, sampled(applied(family, changed), family, steps=1)), name
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_latents_that_are_no_whole_patches(family):
+    """Transformers see 2 x 2 cells at a time, and the host fills the last ones up."""
+    shown, weights = pictures(1, 61, 75), without_lora(trained(family))
+    shape = {"height": 7, "width": 9}
+    out, at = damage(applied(family, weights, shown), family, **shape), torch.zeros(1, 61, 75, 1)
+    at[:, -16:, -16:] = 1
+    elsewhere = damage(applied(family, weights, shown * (1 - at)), family, **shape)
+    assert out.shape[-2:] == (7, 9) and out.isfinite().all()
+    assert (out - elsewhere).abs()[..., -2:, -2:].mean() > 2 * (out - elsewhere).abs()[..., :3, :3].mean(), "what changes is where it changed"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,6 +152,21 @@ def test_instruction_cfg_goes_beyond_no_instruction(family):
     beyond = sampled(applied(family, weights, cfg=2.5), family, steps=1)
     torch.testing.assert_close(beyond, none + 2.5 * (asked - none), rtol=1e-3, atol=1e-3)
     assert torch.equal(sampled(applied(family, weights, cfg=1.0), family, steps=1), asked)
+
+
+def test_patches_find_prompt_and_negative_prompt_by_the_numbers_of_conds():
+    """IP-Adapter has (k_cond, k_uncond) and takes one for each number; a twin without instruction is another of its cond."""
+    weights, found = without_lora(trained("sd15")), []
+
+    def listen(n, context, value, extra):
+        found.append([("prompt", "negative")[number] for number in extra["cond_or_uncond"]])
+        return n, context, value
+
+    patcher = applied("sd15", weights, cfg=2.0)
+    patcher.set_model_attn2_patch(listen)
+    told = sampled(patcher, "sd15", cfg=4.0)
+    assert found and all(sorted(each) == ["negative", "negative", "prompt", "prompt"] for each in found)
+    assert torch.equal(told, sampled(applied("sd15", weights, cfg=2.0), "sd15", cfg=4.0))
 
 
 @pytest.mark.parametrize("count", [1, 7, 16, 64])
@@ -274,6 +314,16 @@ def test_other_models_and_broken_files_are_refused():
             check_fit(dataclasses.replace(fresh("sd15"), config={**fresh("sd15").config, **changes}), base("sd15").model, "Apply")
     with pytest.raises(ValueError, match="pictures for a batch of 1|for 3 pictures"):
         sampled(applied("sd15", fresh("sd15"), told=instruction(batch=3)), "sd15")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_a_file_in_half_precision_does_the_same(family, dtype):
+    full = trained(family)
+    half = dataclasses.replace(full, tensors={name: tensor.to(dtype) for name, tensor in full.tensors.items()})
+    one, other = (sampled(applied(family, weights), family) for weights in (full, half))
+    nothing = sampled(applied(family, fresh(family)), family)
+    assert (one - other).norm() < 16 * torch.finfo(dtype).eps * (one - nothing).norm()
 
 
 def test_it_brings_its_tokenizer_along():

@@ -74,6 +74,14 @@ def test_the_same_in_tiles():
         assert torch.equal(decoded(vae, weights, latent, seen, strength, tile=256, overlap=64)[0], host)
 
 
+@pytest.mark.parametrize("tile", [0, 256], ids=["whole", "tiles"])
+def test_pictures_hold_no_more_memory_than_they_need(tile):
+    vae, seen = made("kl"), pictures(2, 64, 320)
+    picture, experts = decoded(vae, trained(vae), encoded(vae, seen), seen, tile=tile)
+    for held in (picture, experts):
+        assert held.untyped_storage().nbytes() == held.numel() * held.element_size()
+
+
 @every_vae
 def test_the_vae_is_as_it_was(kind):
     vae, seen = made(kind), pictures()
@@ -317,9 +325,9 @@ def test_damaged_files_are_refused():
     tensors = {name: tensor for name, tensor in weights.tensors.items() if not name.endswith("at_4.leave.weight")}
     with pytest.raises(ValueError, match="daem.sites.at_4.leave.weight is missing, expected 32x32x1x1. The file is incomplete"):
         check_fit(Weights(weights.kind, weights.family, weights.config, tensors), vae, NODE)
-    for config in ({"size": "huge", "window": 64}, {"size": "full", "window": 60}, {"size": "full"}):
-        with pytest.raises(ValueError, match="describes itself as .*, and a size \\(lite, full\\) and a window"):
-            check_fit(Weights(weights.kind, weights.family, config, weights.tensors), vae, NODE)
+    for change in ({"size": "huge"}, {"window": 60}, {"window": None}, {"latents": "none"}, {"latents": None}, {"perceptual": "none"}):
+        with pytest.raises(ValueError, match="describes itself as .*, and a size \\(lite, full\\), a window"):
+            check_fit(Weights(weights.kind, weights.family, weights.config | change, weights.tensors), vae, NODE)
     broken = weights.tensors | {"daem.sites.at_4.leave.weight": torch.full((32, 32, 1, 1), torch.nan)}
     with pytest.raises(ValueError, match="holds numbers that are not finite"):
         check_fit(Weights(weights.kind, weights.family, weights.config, broken), vae, NODE)

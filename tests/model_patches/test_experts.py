@@ -103,6 +103,18 @@ def test_only_training_moves_what_a_router_takes_for_usual():
     assert not torch.equal(chooses.mean, mean) and not torch.equal(chooses.deviation, deviation)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=["nan", "inf", "a square that overflows"])
+def test_what_is_not_finite_is_not_followed(value):
+    chooses, x, windows = router(), noise(2, 16, 8, 8), Windows(4, (8, 8))
+    broken = x.clone()
+    broken[1, 3, 5, 5] = value
+    mean, deviation = chooses.mean.clone(), chooses.deviation.clone()
+    chooses(broken, windows, noise(2, 4, 2, 2))
+    assert torch.equal(chooses.mean, mean) and torch.equal(chooses.deviation, deviation)
+    chooses(x, windows, noise(2, 4, 2, 2))
+    assert not torch.equal(chooses.mean, mean) and chooses.deviation.isfinite().all()
+
+
 def test_high_frequencies():
     x = noise(1, 2, 6, 6)
     kernel = -torch.ones(2, 1, 3, 3)

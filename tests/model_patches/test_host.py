@@ -46,6 +46,63 @@ def test_plain_weights_keep_their_values_and_leave_normal_ones_alone(tiny):
     assert all(a is b for a, b in zip(kept, module.parameters()))
 
 
+def test_plain_weights_keep_what_the_host_notes_on_them_and_leave_layers_fed_on_demand(tiny):
+    with torch.inference_mode():
+        module = tiny.vae(4).first_stage_model
+    first, second = host.casting_layers(module)[:2]
+    first.weight._model_dtype, second._v = torch.bfloat16, object()
+    host.plain_weights(module)
+    assert first.weight._model_dtype == torch.bfloat16 and not first.weight.is_inference()
+    assert second.weight.is_inference()
+
+
+@pytest.mark.parametrize("coder", ["decoder", "encoder"])
+def test_gradients_need_no_normal_weights_in_layers(tiny, coder):
+    """Hosts that feed layers on demand hand out inference tensors, whatever a layer's own weights are."""
+    with torch.inference_mode():
+        vae, base = tiny.vae(4), tiny.model("sd15").model
+        layers = host.casting_layers(vae.first_stage_model)
+        given = host.PixelDecoder(vae, base) if coder == "decoder" else host.LatentEncoder(vae, base)
+        with host.gradients():
+            host.PixelDecoder(vae, base).prepare()
+            leaf = torch.rand(1, *((4, 2, 2) if coder == "decoder" else (3, 16, 16))).requires_grad_(True)
+            given(leaf).square().sum().backward()
+    assert leaf.grad.any() and all(p.is_inference() for layer in layers for p in layer.parameters(recurse=False))
+    assert not any("weight_function" in vars(layer) or "bias_function" in vars(layer) for layer in layers)
+
+
+def test_layers_get_their_functions_back_after_an_error(tiny):
+    layers = host.casting_layers(tiny.vae(4).first_stage_model)
+    own = [len]
+    layers[0].weight_function = own
+    with pytest.raises(KeyError), host.copied_weights(layers):
+        assert layers[0].weight_function == [len, torch.clone] and layers[1].bias_function == [torch.clone]
+        raise KeyError
+    assert layers[0].weight_function is own and not any("weight_function" in vars(layer) for layer in layers[1:])
+
+
+def test_weights_elsewhere_are_told_from_those_on_the_device(tiny):
+    module = tiny.vae(4).first_stage_model
+    layers = host.casting_layers(module)
+    layers[1]._v = object()
+    assert host.casting_layers(module, torch.device("cpu")) == [layers[1]]
+    assert len(host.casting_layers(module, torch.device("meta"))) == len(layers)
+
+
+def test_attention_with_gradients_is_torchs_own():
+    from comfy.ldm.modules.attention import attention_basic
+
+    def chosen(*args, **kwargs):
+        raise AssertionError("this implementation has no backward pass")
+
+    given = {"other": 1}
+    options = host.differentiable_attention(given)
+    q = torch.randn(1, 5, 8, requires_grad=True)
+    found = options["optimized_attention_override"](chosen, q, q, q, 2)
+    torch.testing.assert_close(found, attention_basic(q, q, q, 2), atol=1e-5, rtol=1e-5)
+    assert options["other"] == 1 and given == {"other": 1}
+
+
 def test_plain_clones_inference_tensors_wherever_they_are(tiny):
     import comfy.conds
 

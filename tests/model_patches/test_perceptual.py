@@ -72,6 +72,16 @@ def test_only_the_first_picture_carries_a_gradient(encoder):
     assert a.grad.any() and b.grad is None
 
 
+def test_vgg_read_while_a_prompt_runs_lets_gradients_through(encoder, model_folder, vgg_tensors):
+    save_file(vgg_tensors, model_folder)
+    a = picture(16, 16, seed=1).requires_grad_(True)
+    with torch.inference_mode():
+        kept = {name: tensor.clone() for name, tensor in vgg16_weights().items()}
+    assert all(tensor.is_inference() for tensor in kept.values())
+    Perceptual(encoder, kept)(a, picture(16, 16, seed=2)).backward()
+    assert a.grad.any()
+
+
 def test_without_the_file_there_is_no_vgg(model_folder):
     assert vgg16_weights() is None
 

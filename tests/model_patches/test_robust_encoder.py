@@ -7,7 +7,7 @@ import comfy.sd
 import comfy.utils
 from comfy.ldm.wan.vae import WanVAE
 from mend.lab.prior import WEIGHTS as LAB
-from mend.model_patches.host import encode_pictures, gradients
+from mend.model_patches.host import encode_pictures, float_copy, gradients
 from mend.model_patches.robust_encoder import ENCODER, RobustEncoder, encoder_tensors, with_encoder
 from mend.model_patches.weights_file import Weights, load_weights, save_weights
 from mend.tests.model_patches.adapters import base
@@ -101,6 +101,44 @@ def test_half_precision_is_near():
         full, half = (with_encoder(given, each).encode(pictures()) for each in (tensors, {name: t.half() for name, t in tensors.items()}))
     # Eleven bits of each weight, through some ten layers.
     assert 0 < (full - half).abs().max() < 2e-2 * full.std()
+
+
+@every_vae
+def test_copies_are_of_the_vaes_own_weights(kind):
+    (given, model), (untouched, _) = made(kind), made(kind)
+    own = encoder_tensors(untouched)
+    with torch.inference_mode():
+        with_encoder(given, shifted(own)).encode(pictures())
+    assert not same(state(given), state(untouched)), "the host leaves another encoder in the VAE's place until the VAE is used again"
+    assert same(encoder_tensors(given), own)
+    assert same(RobustEncoder(given, model, {}).module.state_dict(), float_copy(untouched).state_dict())
+
+
+def test_copies_are_as_the_vae_is_patched():
+    given, _ = made("kl")
+    learned = shifted(encoder_tensors(given))
+    copied, own = ({ENCODER + name: p for name, p in float_copy(vae).named_parameters()} for vae in (with_encoder(given, learned), given))
+    assert same({name: copied[name] for name in learned}, learned) and same({name: p for name, p in own.items() if name in learned}, encoder_tensors(given))
+
+
+def test_copies_are_not_loaded():
+    given, _ = made("kl")
+    module, learned = given.first_stage_model, shifted(encoder_tensors(given))
+    patched = with_encoder(given, learned).patcher
+    # As on a device that holds less than all of it: the host patches weights when they are used.
+    patched.patch_model(patched.load_device, lowvram_model_memory=1)
+    assert module.encoder.conv_in.weight_function and module.encoder.conv_in.comfy_cast_weights
+    handle = module.encoder.conv_in._v = module.dynamic_vbars = Handle()
+    copied = float_copy(given)
+    assert not copied.encoder.conv_in.weight_function and not hasattr(copied.encoder.conv_in, "_v") and not hasattr(copied, "dynamic_vbars")
+    assert module.encoder.conv_in._v is handle and module.encoder.conv_in.weight_function
+
+
+class Handle:
+    """Memory that has one owner."""
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("two would free it")
 
 
 @every_vae

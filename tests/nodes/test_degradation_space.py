@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from comfy.nested_tensor import NestedTensor
+from mend.model_patches.degradation_model import DEVIATION
+from mend.model_patches.degraded_picture import ATTACHMENT
 from mend.nodes import visual_instruction
-from mend.tests import tiny_models
 from mend.tests.model_patches.degradation_models import codes, fresh, instruction, trained
 from mend.tests.nodes.restorations import node, picture
 from mend.tests.nodes.test_zero_shot import failure
@@ -45,18 +46,33 @@ def given(weights=None, shown=None, **changes):
     return {"picture": shown, "weights": weights or trained("sd15"), "codes": codes(), "instruction": instruction(), **changes}
 
 
+def untrained(run_prompt, family="sd15", **new):
+    """A new model, once the picture came back from it, and what it predicted was what its base predicts."""
+    made = {"made": node("TestCapture", value=["new", 0])}
+    values = run_prompt(restoration(family, ("new", 0), new={"form": "pixel", **new}) | made, given=given()).values
+    weights = values["made"]
+    assert torch.equal(values["image"], picture(1, 64, 64, 3)) and weights.tensors[DEVIATION] == 0, "nothing was measured yet"
+    # With a deviation its predictions are seen.
+    measured = dataclasses.replace(weights, tensors={**weights.tensors, DEVIATION: torch.tensor(0.5)})
+    restored = run_prompt(restoration(family, encoded=False), given=given(measured)).values
+    alone = run_prompt(restoration(family, encoded=False, sample={"model": ["tiny", 0], "sampler": ["euler", 0]}), given=given(measured)).values
+    model = restored["model"].model
+    space = restored["model"].get_attachment(ATTACHMENT).space(model, restored["latent"]["samples"])
+    y0, expected = (model.process_latent_in(values["latent"]["samples"]) for values in (restored, alone))
+    torch.testing.assert_close(space.residual(y0), expected, atol=1e-3, rtol=1e-3)
+    assert not torch.equal(restored["image"], picture(1, 64, 64, 3))
+    return weights
+
+
 @pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
 def test_an_untrained_one_returns_the_picture_in_the_pixel_form(run_prompt, family):
-    result = run_prompt(restoration(family, ("new", 0), new={"form": "pixel"}), given=given())
-    assert torch.equal(result.values["image"], picture(1, 64, 64, 3))
+    assert untrained(run_prompt, family).config["form"] == "pixel"
 
 
 def test_a_fine_tune_takes_the_place_of_the_lora(run_prompt):
-    prompt = restoration("sd15", ("new", 0), new={"form": "pixel", "fine_tune": True}) | {"made": node("TestCapture", value=["new", 0])}
-    values = run_prompt(prompt, given=given()).values
-    assert torch.equal(values["image"], picture(1, 64, 64, 3))
-    changes = [name for name in values["made"].tensors if name.startswith("diffusion_model.")]
-    assert values["made"].config["fine_tune"] and changes and all(name.endswith((".diff", ".diff_b")) for name in changes)
+    made = untrained(run_prompt, fine_tune=True)
+    changes = [name for name in made.tensors if name.startswith("diffusion_model.")]
+    assert made.config["fine_tune"] and changes and all(name.endswith((".diff", ".diff_b")) for name in changes)
 
 
 @pytest.mark.parametrize("form", ["latent", "pixel"])
@@ -85,7 +101,9 @@ def test_every_setting_acts_and_seeds_reproduce(run_prompt):
         assert not any(torch.equal(images[-1], other) for other in images[:-1])
     assert torch.equal(images[-1][:, 40:], values["picture"][:, 40:])
     assert torch.equal(images[0], run_prompt(restoration(), given=values).values["image"])
-    assert torch.equal(run_prompt(restoration(strength=0.0, weights=("new", 0), new={"form": "pixel"}), given=values).values["image"], values["picture"])
+    values = given(trained("sd15", "pixel"))
+    removed = {strength: run_prompt(restoration(strength=strength), given=values).values["image"] for strength in (0.0, 0.1)}
+    assert torch.equal(removed[0.0], values["picture"]) and not torch.equal(removed[0.1], values["picture"])
 
 
 def test_from_chart_to_picture(run_prompt):
@@ -97,8 +115,8 @@ def test_from_chart_to_picture(run_prompt):
     clean = visual_instruction.VisualGround.execute(1, 64).args[0]
     images = [run_prompt(prompt, given=given(chart=chart)).values["image"] for chart in (clean, clean * 0.3)]
     assert not torch.equal(*images)
-    nothing = dataclasses.replace(instruction(64), tokens=torch.zeros(1, 64, 64))
-    assert images[0].shape == (1, 64, 64, 3) and nothing.tokens.shape[-1] == 64
+    nothing = given(instruction=instruction(64, spread=0.0))
+    assert torch.equal(images[0], run_prompt(restoration(), given=nothing).values["image"]), "two equal charts say: nothing"
 
 
 def test_a_model_brings_the_tokenizer_for_its_instructions(run_prompt):
@@ -109,6 +127,25 @@ def test_a_model_brings_the_tokenizer_for_its_instructions(run_prompt):
     values = run_prompt(prompt, given=given()).values
     one, other = values["by weights"], values["by codes"]
     assert torch.equal(one.tokens, other.tokens) and one.tokens.any() and one.codebook == other.codebook
+
+
+def test_two_of_them_may_share_weights_in_one_graph(run_prompt):
+    """Of one model, on two pictures."""
+    one, other = given(), given(shown=1 - picture(1, 64, 64, 3))
+    second = {"picture": "picture2", "instruction": "instruction2", "encode": "encode2", "apply": "apply2", "sigmas": "sigmas2",
+              "sample": "sample2", "remove": "remove2", "image": "image2"}
+
+    def renamed(value):
+        return [second.get(value[0], value[0]), value[1]] if isinstance(value, list) else value
+
+    prompt = restoration()
+    for name, copied in second.items():
+        prompt[copied] = {**prompt[name], "inputs": {key: renamed(value) for key, value in prompt[name]["inputs"].items()}}
+    prompt["picture2"], prompt["instruction2"] = (node("TestGiven", name=name) for name in ("picture2", "instruction2"))
+    told = instruction(9, seed=6)
+    alone = [run_prompt(restoration(), given=values).values["image"] for values in (one, {**other, "instruction": told})]
+    both = run_prompt(prompt, given={**one, "picture2": other["picture"], "instruction2": told}).values
+    assert torch.equal(both["image"], alone[0]) and torch.equal(both["image2"], alone[1]) and not torch.equal(*alone)
 
 
 def test_the_model_that_went_in_is_not_changed(run_prompt):
@@ -150,5 +187,6 @@ def test_removing_what_was_not_found_is_refused(run_prompt):
 def test_a_new_one_wants_a_tokenizer(run_prompt):
     prompt = restoration(weights=("new", 0))
     prompt["new"]["inputs"]["tokenizer"] = ["weights", 0]
-    assert "New Degradation Model" in failure(run_prompt, prompt, given=given())
-    assert tiny_models.FAMILIES
+    message = failure(run_prompt, prompt, given=given())
+    assert "New Degradation Model: " in message
+    assert "is of the kind degradation model, and this node applies the kind degradation tokenizer" in message

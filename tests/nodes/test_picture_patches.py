@@ -9,6 +9,12 @@ from mend.tests import tiny_models
 from mend.tests.nodes.patch_prompts import ADAPTER, FUSION, GIVEN, node, plain, sampler
 from mend.tests.nodes.restorations import latent, picture
 from mend.tests.nodes.test_zero_shot import UNUSABLE, failure, live_tensors
+from mend.tests.training.tiny_training import video_vae
+
+
+def run_prompted(run_prompt, prompt, given):
+    return latent(run_prompt(prompt, given=given))
+
 
 PATCHES = {"adapter": ADAPTER, "fusion": FUSION}
 both = pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
@@ -61,6 +67,55 @@ def test_the_same_seed_gives_the_same_bits(run_prompt, patch):
     run_prompt.executor.reset()
     second = run_prompt(patch.prompt("sd15", GIVEN), given=patch.given())
     assert not second.cached and torch.equal(latent(first), latent(second))
+
+
+# Pictures and videos under a VAE that takes several pictures for a video
+
+
+def on_video_vae(run_prompt, patch, pictures, batch=1, frames=1, mask=None, outcome=run_prompted):
+    """Sample a tiny WAN model with a patch that sees these pictures."""
+    links = dict(degraded=["picture", 0], vae=["video", 0], latent=None, mask=None if mask is None else ["mask", 0])
+    prompt = patch.prompt("wan", GIVEN, sample={"latent_image": ["frames", 0]}, **links)
+    values = {"video": video_vae(), "frames": tiny_models.latent("wan", batch, frames=frames), "mask": mask}
+    prompt |= {name: node("TestGiven", name=name) for name in values}
+    return outcome(run_prompt, prompt, patch.given("wan", picture=pictures, **values))
+
+
+@both
+@pytest.mark.parametrize("count", [2, 5], ids=["fewer than a video of two latent frames has", "as many"])
+def test_each_picture_of_a_batch_is_seen_alone(run_prompt, patch, count):
+    pictures = picture(count, 64, 64, 3)
+    together = on_video_vae(run_prompt, patch, pictures, batch=count)
+    for row in {1, count - 1}:
+        alone = on_video_vae(run_prompt, patch, pictures[row:row + 1], batch=count)
+        torch.testing.assert_close(together[row], alone[row], atol=1e-5, rtol=1e-4)
+    first = on_video_vae(run_prompt, patch, pictures[:1], batch=count)
+    assert not torch.allclose(together[1], first[1], atol=1e-4)
+
+
+@both
+def test_each_picture_of_a_batch_has_its_mask(run_prompt, patch):
+    pictures, masks = picture(2, 64, 64, 3), torch.stack([torch.zeros(64, 64), torch.ones(64, 64)])
+    both_masks = on_video_vae(run_prompt, patch, pictures, batch=2, mask=masks)
+    for row in range(2):
+        alone = on_video_vae(run_prompt, patch, pictures, batch=2, mask=masks[row:row + 1])
+        assert torch.equal(both_masks[row], alone[row])
+    assert not torch.equal(both_masks[1], on_video_vae(run_prompt, patch, pictures, batch=2, mask=masks[:1])[1])
+
+
+@both
+def test_the_frames_of_a_video(run_prompt, patch):
+    pictures = picture(5, 64, 64, 3)
+    found = on_video_vae(run_prompt, patch, pictures, frames=2)
+    other = on_video_vae(run_prompt, patch, torch.cat([pictures[:4], 1 - pictures[4:]]), frames=2)
+    assert found.isfinite().all() and not torch.equal(found, other)
+
+
+@both
+@pytest.mark.parametrize(("count", "frames", "needed"), [(1, 2, 5), (3, 2, 5), (5, 3, 9), (9, 2, 5)])
+def test_other_numbers_of_frames_are_refused(run_prompt, patch, count, frames, needed):
+    message = on_video_vae(run_prompt, patch, picture(count, 64, 64, 3), frames=frames, outcome=failure)
+    assert f"{patch.title}: 'degraded' holds {count} and the latent is a video of {needed} pictures. Give every frame of it." in message
 
 
 # What is refused

@@ -1,10 +1,14 @@
 """The nodes of visual instructions, through the host: chart, damage, instruction, estimate, and the way from New over Train to use."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mend.degradations.visual_ground import visual_ground
+from mend.model_patches.degradation_model import TOKENIZER
 from mend.model_patches.degradation_tokenizer import SIZES, fingerprint, instruction_of
+from mend.tests.model_patches.degradation_models import fresh
 from mend.tests.nodes.restorations import node
 from mend.training.degradation_estimator import new_estimator
 from mend.training.degradation_tokenizer import new_tokenizer
@@ -87,6 +91,36 @@ def test_an_instruction_is_estimated(run_prompt, given):
 def test_other_weights_are_refused(run_prompt, given):
     result = run_prompt(estimated(), given={"weights": given, "picture": torch.rand(1, 8, 8, 3)}, check=False)
     assert "Estimate Visual Instruction: a new degradation tokenizer is of the kind degradation tokenizer, and this node applies the kind " in result.error_text()
+
+
+@pytest.mark.parametrize(("scale", "message"), [
+    (["sea spray", "amount", [1.0, 2.0, 3.0]], "unknown degradation 'sea spray'"),
+    (["blur", "depth", [1.0, 2.0, 3.0]], "has no setting 'depth'"),
+    (["blur", "width", [1.0, 2.0, 99.0]], "width of the degradation 'blur' is 99.0"),
+])  # fmt: skip
+def test_an_estimator_of_another_version_is_refused(run_prompt, given, scale, message):
+    made = new_estimator(given, 4, "Test")
+    other = replace(made, config={**made.config, "scales": [scale, *made.config["scales"][1:]]})
+    result = run_prompt(estimated(confidence=1.0), given={"weights": other, "picture": torch.rand(1, 8, 8, 3)}, check=False)
+    assert f"Estimate Visual Instruction: {made.name} is of another version" in result.error_text() and message in result.error_text()
+
+
+@pytest.mark.parametrize("changes", [{"tokenizer": None}, {"tokenizer": {"size": "huge"}}, {"codebook": None}, {"form": "sideways"}])
+def test_a_degradation_model_of_another_version_is_refused(run_prompt, changes):
+    model = fresh("sd15")
+    model = replace(model, config={name: value for name, value in {**model.config, **changes}.items() if value is not None})
+    prompt = charts() | {"encode": node("MendEncodeVisualInstruction", weights=["weights", 0], degraded=["jpeg", 0], clean=["chart", 0]),
+                         **captured(out=["encode", 0])}
+    text = run_prompt(prompt, given={"weights": model}, check=False).error_text()
+    assert f"Encode Visual Instruction: {model.name} describes itself as" in text and "which this pack does not understand" in text
+
+
+def test_a_degradation_model_without_its_tokenizer_is_refused(run_prompt):
+    model = fresh("sd15")
+    model = replace(model, tensors={name: tensor for name, tensor in model.tensors.items() if not name.startswith(TOKENIZER)})
+    prompt = charts() | {"encode": node("MendEncodeVisualInstruction", weights=["weights", 0], degraded=["jpeg", 0], clean=["chart", 0]),
+                         **captured(out=["encode", 0])}
+    assert f"Encode Visual Instruction: {model.name} is incomplete" in run_prompt(prompt, given={"weights": model}, check=False).error_text()
 
 
 def training(new, **settings):

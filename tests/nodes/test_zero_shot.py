@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import comfy.model_management
+from comfy.cli_args import args
 from mend.nodes.zero_shot import FPAMAlignment, QualityPrior
 from mend.samplers.presets import ALIGNMENTS
 from mend.samplers.quality import Quality
@@ -126,11 +127,24 @@ def test_masks_of_any_size(run_prompt, shape):
     torch.testing.assert_close(latent(white), latent(without), atol=1e-4, rtol=1e-4)
 
 
-def test_a_wrong_number_of_masks_is_refused(run_prompt):
+@pytest.mark.parametrize(("mask", "reason"), [
+    (torch.ones(2, 64, 64), "'mask' holds 2 masks but the latent batch has 1"),
+    (torch.ones(0, 64, 64), "mask holds no pixels"),
+    (torch.ones(1, 0, 64), "mask holds no pixels"),
+    (torch.full((1, 64, 64), float("nan")), "mask has NaN or infinite pixels"),
+], ids=["two", "none", "no height", "nan"])  # fmt: skip
+def test_unusable_masks_are_refused(run_prompt, mask, reason):
     prompt = restoration(guidance={"mask": ["mask", 0]}) | {"mask": node("TestGiven", name="mask")}
-    for count in (0, 2):
-        message = failure(run_prompt, prompt, {"picture": SQUARE, "mask": torch.ones(count, 64, 64)})
-        assert f"Apply Posterior Guidance: 'mask' holds {count} masks but the latent batch has 1" in message
+    message = failure(run_prompt, prompt, {"picture": SQUARE, "mask": mask})
+    assert f"Apply Posterior Guidance: {reason}" in message
+
+
+def test_guidance_names_a_vae_of_another_model(run_prompt):
+    prompt = restoration("sd15") | {"other": node("TestTinyModel", family="flux")}
+    prompt["guidance"]["inputs"]["vae"] = ["other", 3]
+    result = run_prompt(prompt, given={"picture": SQUARE}, check=False)
+    assert not result.success and result.error["node_id"] == "guidance"
+    assert "Apply Posterior Guidance: 'vae' gives latents of 16 channels and 'model' works on 4" in result.error_text()
 
 
 @pytest.mark.parametrize("preset", ALIGNMENTS)
@@ -152,6 +166,14 @@ def test_random_start(run_prompt):
     alignment = output(run_prompt, "MendFPAMAlignment", preset="noise", start="random")
     # h2 on means over pixels is ours: what is said to be as published has none.
     assert (alignment.start, alignment.coarse) == ("random", 1)
+
+
+@pytest.mark.parametrize(("start", "least"), [("random", 1), ("aligned", 0)])
+def test_only_what_begins_at_a_known_damage_may_go_without_learning(run_prompt, start, least):
+    alignment = output(run_prompt, "MendFPAMAlignment", preset="noise", start=start, updates=0, warmup=0)
+    assert (alignment.updates, alignment.warmup) == (least, least)
+    more = output(run_prompt, "MendFPAMAlignment", preset="noise", start=start, updates=2, warmup=3)
+    assert (more.updates, more.warmup) == (2, 3)
 
 
 @pytest.mark.parametrize("preset", ALIGNMENTS)
@@ -184,6 +206,14 @@ def test_first_guess_brightens_what_is_dark(run_prompt, shape):
     assert shape[1] == 1 or (guess.mean((1, 2, 3)) - 0.45).abs().max() < 0.05
     alone = output(run_prompt, "MendFirstGuess", {**given, "degraded": dark[-1:]})
     assert torch.equal(guess[-1:], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_first_guess_takes_half_precision(run_prompt, dtype):
+    given = {"degraded": (0.2 * picture(2, 40, 60, 3)).to(dtype), "alignment": ALIGNMENTS["haze"]}
+    given["quality"] = Quality(exposure=0.01, exposure_target=0.45, clarity=0.01)
+    guess = output(run_prompt, "MendFirstGuess", given)
+    assert torch.equal(guess, output(run_prompt, "MendFirstGuess", {**given, "degraded": given["degraded"].float()}))
 
 
 def test_no_rounds_is_the_sampler_alone(run_prompt):
@@ -310,3 +340,16 @@ def test_a_noise_matched_start_names_a_vae_of_another_model(run_prompt):
     prompt["start"]["inputs"]["vae"] = ["other", 3]
     message = failure(run_prompt, prompt, {"picture": SQUARE})
     assert "Noise-Matched Start: 'vae' gives latents of 16 channels and 'model' works on 4" in message
+
+
+def test_a_host_with_half_precision_intermediates(run_prompt, monkeypatch):
+    monkeypatch.setattr(args, "fp16_intermediates", True)
+    prompt = matched(steps=2) | {"mask": node("TestGiven", name="mask")}
+    prompt["guidance"]["inputs"]["mask"] = ["mask", 0]
+    prompt["rounds"]["inputs"].update(rounds=1, vae=["tiny", 3])
+    prompt["detail"] = node("MendReturnDetail", restored=["decode", 0], start=["guess", 0], vae=["tiny", 3])
+    prompt["unframe"]["inputs"]["image"] = ["detail", 0]
+    prompt["decoded"] = node("TestCapture", value=["decode", 0])
+    result = run_prompt(prompt, given={"picture": picture(1, 33, 50, 4).half(), "mask": torch.ones(1, 33, 50).half()})
+    assert result.values["decoded"].dtype == torch.float16
+    assert result.values["picture"].shape == (1, 33, 50, 4) and result.values["picture"].isfinite().all()

@@ -19,13 +19,13 @@ from mend.tests.model_patches.degradation_models import (
     SIDE,
     applied,
     base,
-    codes,
     fresh,
     instruction,
     pictures,
     plain,
     removed,
     sampled,
+    schedule,
     trained,
     vae,
     without_lora,
@@ -94,6 +94,49 @@ def test_the_true_residual_gives_what_the_oracle_gives(family, form):
     torch.testing.assert_close(result, oracle.clamp(0, 1), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize(("height", "width"), [(61, 67), (67, 61), (72, 59)])
+def test_beyond_whole_cells_the_picture_stays_where_nothing_is_found(height, width):
+    """VAE Encode and empty latents leave the rest of a cell out."""
+    shown, (place, cells) = pictures(2, height, width), whole_cells(height, width)
+    whole = reframed(shown, (8 * cells["height"], 8 * cells["width"]))
+    patcher = applied("sd15", fresh("sd15"), shown)
+    restored = removed(patcher, sampled(patcher, "sd15", finding()[1], batch=2, **cells))
+    assert torch.equal(restored[:, ~place], shown[:, ~place])
+    torch.testing.assert_close(restored[:, place].reshape(whole.shape), vae("sd15").decode(vae("sd15").encode(whole)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(61, 67), (67, 61)])
+def test_beyond_whole_cells_the_light_changes_as_beside_them_and_the_grain_stays(height, width):
+    clean, (place, cells) = 0.55 + 0.2 * pictures(1, height, width), whole_cells(height, width)
+    degradation = Degradation(DegradedPicture(clean - 0.3, Averages(), "Apply"), "latent", 0.5)
+    restored = degradation.removed(base("sd15"), Averages().encode(reframed(clean, (8 * cells["height"], 8 * cells["width"]))))
+    torch.testing.assert_close(restored[:, ~place], clean[:, ~place], atol=1e-3, rtol=0)
+
+
+class Averages:
+    """Encodes and decodes as a VAE does, but only the light of each cell."""
+
+    latent_dim = 2
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def encode(self, rows):
+        light = torch.nn.functional.avg_pool2d(rows.movedim(-1, 1), 8)
+        return torch.cat([light, light[:, :1]], 1)
+
+    def decode(self, latent):
+        return torch.nn.functional.interpolate(latent[:, :3], scale_factor=8).movedim(1, -1)
+
+
+def whole_cells(height, width):
+    """Where in a picture its whole cells are, (height, width), and how many."""
+    place, rows, columns = torch.zeros(height, width, dtype=torch.bool), height // 8, width // 8
+    top, left = (height - 8 * rows) // 2, (width - 8 * columns) // 2
+    place[top:top + 8 * rows, left:left + 8 * columns] = True
+    return place, {"height": rows, "width": columns}
+
+
 @pytest.mark.parametrize("form", ["latent", "pixel"])
 def test_strength_is_how_much_of_it_is_removed(form):
     found = {}
@@ -148,8 +191,20 @@ def test_from_less_noise_what_the_latent_has_lost_counts_as_found(form):
     finds, sampler = finding()
     sampled(patcher, "sd15", sampler, denoise=0.25, latent=done)
     plain_start, start = torch.randn(done.shape, generator=torch.Generator().manual_seed(1)), finds.starts[0]
-    sigma = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", 8)[-3]
+    sigma = schedule(patcher, 8)[-3]
     torch.testing.assert_close(start - sigma * plain_start, torch.full_like(start, 0.7), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "part"), [("ddim_uniform", slice(None)), ("simple", slice(-3, None))])
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_an_empty_latent_has_lost_nothing_wherever_sampling_begins(family, name, part):
+    patcher = applied(family, fresh(family))
+    sigmas, most = schedule(patcher, 6, name)[part], float(patcher.model.model_sampling.sigma_max)
+    assert sigmas[0] < 0.9999 * most, "this is no full noise"
+    finds, sampler = finding()
+    for latent in (None, patcher.model.process_latent_out(c_lq(patcher, family))):
+        sampled(patcher, family, sampler, latent=latent, sigmas=sigmas)
+    torch.testing.assert_close(*finds.starts, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
@@ -170,6 +225,27 @@ def test_samples_are_averaged_and_counted_as_one_run():
     finds, sampler = finding(samples=3)
     sampled(patcher, "sd15", sampler)
     assert len(set(finds.seeds)) == 3 and len({tuple(start.flatten()[:4].tolist()) for start in finds.starts}) == 3
+
+
+def test_previews_show_the_mean_of_the_samples_so_far():
+    patcher, shown = applied("sd15", without_lora(trained("sd15"))), []
+    sampler = DegradationSpaceSampler(comfy.samplers.sampler_object("euler"), 3)
+    mean = sampled(patcher, "sd15", sampler, callback=lambda step, x0, x, total: shown.append(patcher.model.process_latent_out(x0)))
+    # The last of two Euler steps arrives at the prediction that is shown of it.
+    torch.testing.assert_close(shown[1], sampled(patcher, "sd15"), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(shown[5], mean, atol=1e-4, rtol=1e-4)
+    assert (shown[1] - mean).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_of_a_schedule_that_ends_with_noise_there_is_one_sample(family):
+    """The high half of SplitSigmas: the mean of noisy states would lack noise where the low half goes on."""
+    patcher, steps = applied(family, without_lora(trained(family))), []
+    sigmas, four = schedule(patcher, 4), DegradationSpaceSampler(comfy.samplers.sampler_object("euler"), 4)
+    high = sampled(patcher, family, four, sigmas=sigmas[:3], callback=lambda step, x0, x, total: steps.append((step, total)))
+    assert torch.equal(high, sampled(patcher, family, sigmas=sigmas[:3])) and steps == [(0, 2), (1, 2)]
+    low = sampled(patcher, family, four, sigmas=sigmas[2:], latent=high, noisy=False)
+    torch.testing.assert_close(low, sampled(patcher, family, sigmas=sigmas), atol=1e-3, rtol=1e-3)
 
 
 def test_without_added_noise_every_sample_starts_where_the_first_does():
@@ -217,6 +293,25 @@ def test_restoration_guidance_pulls_towards_no_damage(family, inner):
     held = sampled(guided, family, DegradationSpaceSampler(comfy.samplers.sampler_object(inner)), steps=4)
     seen = patcher.model.process_latent_out(c_lq(patcher, family))
     assert (held - seen).norm() < 0.9 * (free - seen).norm()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("outside", [True, False])
+def test_guidance_reaches_it_through_rounds_of_renoising(family, outside):
+    def sampler():
+        inner = comfy.samplers.sampler_object("euler")
+        if outside:
+            return RecurrentSampler(DegradationSpaceSampler(inner), 1, 0.5)
+        return DegradationSpaceSampler(RecurrentSampler(inner, 1, 0.5))
+
+    patcher, steps = applied(family, without_lora(trained(family))), []
+    guided = RestorationGuidance(Restoration(weight=0.2, onset=0.0), DegradedLatent(pictures(), vae(family))).attach(patcher)
+    free = sampled(patcher, family, sampler(), steps=4)
+    held = sampled(guided, family, sampler(), steps=4, callback=lambda step, x0, x, total: steps.append((step, total)))
+    seen = patcher.model.process_latent_out(c_lq(patcher, family))
+    assert (held - seen).norm() < 0.9 * (free - seen).norm()
+    assert steps == [(index, len(steps)) for index in range(len(steps))] and len(steps) > 4
+    assert torch.equal(held, sampled(guided, family, sampler(), steps=4))
 
 
 def test_a_sampler_that_takes_damage_for_a_picture_is_refused():
@@ -306,4 +401,3 @@ def test_deviation_scales_what_is_sampled():
 def test_the_plain_picture_for_comparison():
     patcher = applied("sd15", without_lora(fresh("sd15", "picture")), told=instruction(spread=0.0))
     torch.testing.assert_close(sampled(patcher, "sd15"), plain("sd15"))
-    assert codes().kind == "degradation_tokenizer"

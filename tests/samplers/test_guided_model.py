@@ -9,9 +9,10 @@ import torch
 
 import comfy.model_management
 import comfy.samplers
-from mend.model_patches.host import WrappersMP
+from mend.model_patches.host import OUT_OF_MEMORY, WrappersMP
 from mend.samplers import guided_model, posterior_guidance
 from mend.samplers.guided_model import fitted_mask, fitted_pictures
+from mend.tests import tiny_models
 from mend.tests.samplers.tiny_guidance import KINDS, SIDE, guided, model, new_model, pictures, sample, vae_of
 
 OPTIONS = {
@@ -42,6 +43,35 @@ def test_guidance_acts_and_repeats(unguided, kind, option):
 @pytest.mark.parametrize("kind", KINDS)
 def test_strength_zero_is_no_patch(unguided, kind):
     assert torch.equal(sample(guided(kind, strength=0.0, companion=True, through_model=True), kind), unguided[kind])
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd3"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_companion_changes_nothing_by_itself(kind, masked):
+    """Until guidance begins, here never, pictures are sampled as if they were alone."""
+    side = torch.zeros(1, 1, SIDE * 8, SIDE * 8)
+    side[..., SIDE * 4:] = 1
+    given = dict(batch=2, mask=side if masked else None, latent=torch.randn(tiny_models.latent_shape(kind, 2, SIDE, SIDE), generator=torch.Generator().manual_seed(8)))
+    alone = sample(model(kind), kind, **given)
+    beside = sample(guided(kind, companion=True, guide_below=0.0), kind, **given)
+    # Larger batches go through other kernels of matrix products.
+    torch.testing.assert_close(beside, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_no_gradient_goes_through_a_quantised_model(monkeypatch):
+    monkeypatch.setattr(guided_model, "is_quantised", lambda patcher: True)
+    with pytest.raises(ValueError, match="Apply Posterior Guidance: 'gradient' is 'through model'.*quantised.*'prediction'"):
+        guided("sd15", through_model=True)
+    guided("sd15")
+
+
+def test_without_memory_to_go_back_through_the_model_it_says_so(monkeypatch):
+    def crowded(*_):
+        raise OUT_OF_MEMORY[0]("no memory left")
+
+    monkeypatch.setattr(guided_model, "is_flow", crowded)
+    with pytest.raises(MemoryError, match="Apply Posterior Guidance.*'gradient' to 'prediction'"):
+        sample(guided("sd15", through_model=True), "sd15")
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd3"])
@@ -172,6 +202,14 @@ def test_companions_start_from_noise_of_their_own():
     noise, alone = noises
     assert noise.shape[0] == 4 and len({tuple(row.flatten()[:4].tolist()) for row in noise}) == 4
     assert torch.equal(noise[2], alone[1])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_companions_are_as_noisy_as_their_pictures(share):
+    """Noise-Matched Start adds what noise a picture lacks, which may be none."""
+    noise = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(4)) * share
+    both, _, _ = guided_model._with_companions(noise, torch.zeros_like(noise), None, 5)
+    torch.testing.assert_close(both[2:].std((1, 2, 3)), noise.std((1, 2, 3)), atol=0.02 * share, rtol=0.0)
 
 
 def test_a_companion_works_with_a_noise_mask():

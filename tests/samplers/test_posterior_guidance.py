@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import comfy.model_management
 from mend.model_patches.host import OUT_OF_MEMORY, PixelDecoder, model_time
 from mend.samplers.posterior_guidance import MISFIT, Posterior, row_seed
-from mend.samplers.quality import quality_loss
+from mend.samplers.quality import Quality, quality_loss
 from mend.tests.samplers.tiny_guidance import ALIGNMENT, CELL, QUALITY, SIDE, STILL, model, pictures, posterior_run, vae_of
 
 PIXELS = replace(STILL, distance_features=0.0)
@@ -48,6 +48,13 @@ class Local(Linear):
         for kernel in self.kernels:
             z = torch.tanh(F.conv2d(z, kernel, padding=1))
         return super().__call__(z)
+
+
+class Hazy(Local):
+    """The same with no dark pixel."""
+
+    def __call__(self, z):
+        return super().__call__(z) + 3
 
 
 class Cramped(Linear):
@@ -137,6 +144,53 @@ def test_the_step_does_not_depend_on_the_decoders_precision(dtype, tolerance):
     assert (moved - like).norm() < tolerance * like.norm()
 
 
+@pytest.mark.parametrize("settings", [{"strength": 100.0, "noise": 1e-3}, {"strength": 1.0, "noise": 1e-3}])
+def test_strong_guidance_fits_into_half_precision(settings):
+    z0 = latent()
+    moved, like = (solver(Linear(kind), **settings).guide(z0, 0.5) - z0 for kind in (torch.float16, torch.float32))
+    assert (moved - like).norm() < 5e-2 * like.norm()
+
+
+class Spoilt(Linear):
+    """A decoder whose gradient is not finite in some calls."""
+
+    def __init__(self, *calls):
+        super().__init__()
+        self.calls, self.bad = 0, calls
+
+    def __call__(self, z):
+        if z.requires_grad:
+            self.calls += 1
+            if self.calls in self.bad:
+                z = z * float("inf")
+        return super().__call__(z)
+
+
+@pytest.mark.parametrize("settings", [{"steps": 3}, {"published": True}], ids=["solve", "published"])
+def test_a_gradient_that_is_not_finite_moves_nothing(settings, caplog):
+    z0 = latent()
+    run = solver(Spoilt(1), **settings)
+    assert torch.equal(run.guide(z0, 0.5), z0)
+    assert "not finite" in caplog.text and "--fp32-vae" in caplog.text
+    assert torch.isfinite(run.guide(z0, 0.4)).all() and not torch.equal(run.guide(z0, 0.4), z0)
+
+
+def test_a_gradient_that_ends_within_the_solver_leaves_what_was_found():
+    z0 = latent()
+    assert torch.equal(solver(Spoilt(2), steps=3).guide(z0, 0.5), solver(steps=1).guide(z0, 0.5))
+
+
+def test_without_memory_to_learn_it_says_what_to_turn(monkeypatch):
+    run = solver(alignment=ALIGNMENT)
+
+    def crowded(*_):
+        raise OUT_OF_MEMORY[0]("no memory left")
+
+    monkeypatch.setattr(run.rows[0].alignment, "update", crowded)
+    with pytest.raises(MemoryError, match="Apply Posterior Guidance.*'crop' in F-PAM Alignment"):
+        run.guide(latent(), 0.5)
+
+
 def test_the_step_does_not_depend_on_the_batch():
     ys = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(6))
     zs = latent(batch=2)
@@ -195,6 +249,20 @@ def test_tiles_leave_no_seam():
     # Three tiles a side, which end after columns 13 and 27. psi is padded with zeros there, which is all that is left of a seam.
     seams = off[[12, 13, 26, 27]].mean()
     assert seams < 0.1 * whole.abs().mean()
+
+
+@pytest.mark.parametrize("constraint", ["exposure", "chroma", "clarity"])
+def test_quality_is_that_of_the_whole_picture(constraint):
+    """A tile may be all sky: what is asked of the mean colour and light is asked of the picture. A neighbourhood may lie in two tiles."""
+    quality = Quality(exposure=0.0, exposure_patch=16, exposure_below=1.1, chroma_below=1.1, clarity_below=1.1)
+    quality = replace(quality, **{constraint: 5.0})
+    z0 = latent(side=40)
+    z0[..., :20] += 1
+    moved = [solver(Hazy(), side=40, tile=tile, steps=1, quality=quality).guide(z0, 0.5) - z0 for tile in (96, 16)]
+    free = solver(Hazy(), side=40, steps=1).guide(z0, 0.5) - z0
+    whole, tiled = moved
+    # Only sums in another order are left; the constraint itself moves far more.
+    assert (whole - tiled).norm() < 1e-3 * whole.norm() and (whole - free).norm() > 1e-2 * whole.norm()
 
 
 @pytest.mark.parametrize(("side", "cells", "tile"), [(40, 1200, 24), (64, 1400, 16)])

@@ -12,7 +12,7 @@ from comfy.ldm.wan.vae import WanVAE
 from mend.model_patches.host import model_time, noise_to_signal
 from mend.samplers.posterior_guidance import AlignmentRun
 from mend.samplers.recurrence import RecurrentSampler, round_noise, round_sigmas
-from mend.tests.samplers.tiny_guidance import SIDE, STILL, guided, model, pictures, sample, vae_of
+from mend.tests.samplers.tiny_guidance import SIDE, STILL, guided, model, new_model, pictures, sample, vae_of
 from mend.tests.tiny_models import initialise
 
 # Steps of a whole pass, and of a round from gamma: 3 of 6 equal steps of model time lie below 0.55, and the one that leads to them.
@@ -190,6 +190,29 @@ def test_a_vae_sends_each_start_through_pixels(kind):
     share = 1 - float(through.sigmas[1][0]) if kind != "sd15" else 1.0
     assert torch.equal(through.starts[0], plain.starts[0])
     torch.testing.assert_close(through.starts[1] - plain.starts[1], share * expected, atol=1e-4, rtol=1e-4)
+
+
+class Greedy:
+    """A VAE that needs so much room that the host moves the model away."""
+
+    def __init__(self, vae, patcher):
+        self.vae, self.patcher = vae, patcher
+
+    def __getattr__(self, name):
+        return getattr(self.vae, name)
+
+    def decode(self, *args):
+        comfy.model_management.unload_all_models()
+        return self.vae.decode(*args)
+
+
+def test_a_model_that_a_vae_has_driven_away_comes_back():
+    patcher = new_model("sd15")
+    key = "diffusion_model.input_blocks.0.0.weight"
+    patcher.add_patches({key: (torch.full_like(patcher.model.state_dict()[key], 0.1),)})
+    calm = refined(patcher=patcher, vae=vae_of("sd15"))
+    assert not torch.equal(calm, refined(vae=vae_of("sd15")))
+    assert torch.equal(refined(patcher=patcher, vae=Greedy(vae_of("sd15"), patcher)), calm)
 
 
 def wan_vae():

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
+import comfy.model_management
 from mend.model_patches.detail_decoder import decode_with_experts
 from mend.model_patches.detail_experts import SIGNATURE
-from mend.model_patches.host import gradients
+from mend.model_patches.host import BACKWARD_FACTOR, gradients
 from mend.model_patches.weights_file import Weights
 from mend.tests.model_patches.detail_experts import made, pictures, trained
 from mend.tests.training.dummies import Watcher, same
@@ -110,6 +111,22 @@ def test_steps_lower_the_loss_and_leave_the_vae():
     assert same(state(models), before)
 
 
+def test_the_host_is_asked_for_memory(monkeypatch):
+    models, asked = given(), []
+    free = comfy.model_management.free_memory
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, device, *rest, **named: asked.append(size) or free(size, device, *rest, **named))
+    trainee = trainee_of(fresh(models, perceptual=0.0), models)
+    with gradients(), trainee.attach(models):
+        parameters = [*trainee.module.parameters(), *trainee.parameters()]
+        assert asked[-1] >= sum(p.nbytes for p in parameters)
+        for pairs, wanted in ((1, True), (2, True), (1, False), (2, False)):
+            before = len(asked)
+            trainee.loss(batch(pairs), generators(pairs))
+            assert (len(asked) > before) == wanted, "room for the largest batch is room for the others"
+    one = models.vae.memory_used_decode((1, 4, SIDE // 8, SIDE // 8), torch.float32)
+    assert asked[-1] >= 2 * BACKWARD_FACTOR * one and asked[-1] > asked[-2]
+
+
 def test_the_same_seeds_give_the_same_weights():
     models = given()
     runs = [stepped(models, fresh(models, perceptual=0.0), steps=3)[0].state_dict() for _ in range(2)]
@@ -187,7 +204,9 @@ def test_what_is_refused():
         DetailExpertsTrainee(trained(made("kl")), Models())
     with pytest.raises(ValueError, match="Train: .* was made for TAESD"):
         trainee_of(trained(made("taesd")), given())
-    for config in ({"size": "huge"}, {"window": 60}, {"window": 1024}, {"latents": "none"}, {"experts": 3}):
+    wrong = [{"size": "huge"}, {"size": ["lite"]}, {"window": 60}, {"window": 1024}, {"latents": "none"}, {"experts": 3}, {"seed": -1}, {"seed": "0"},
+             {"perceptual": "none"}, {"perceptual": -1.0}, {"perceptual": float("nan")}, {"perceptual": True}]  # fmt: skip
+    for config in wrong:
         with pytest.raises(ValueError, match="new detail experts take size"):
             new_experts(given(), config)
     with pytest.raises(ValueError, match="new detail experts need a VAE"):

@@ -301,7 +301,7 @@ def test_another_vae_is_refused():
         FusionTrainee(odd, given)
 
 
-@pytest.mark.parametrize("config", [{"preset": "huge"}, {"ranks": 3}, {"rank": "8"}, {"seed": -1}], ids=str)
+@pytest.mark.parametrize("config", [{"preset": "huge"}, {"ranks": 3}, {"rank": "8"}, {"seed": -1}, {"single": 1}, {"start": 5}, {"preset": ["lite"]}], ids=str)
 def test_new_ones_say_what_they_take(config):
     with pytest.raises(ValueError, match=r"a new fusion takes preset \(published, lite\), rank, seed, train_encoder, single and start; found"):
         fresh_fusion(models("sd15"), config)

@@ -13,15 +13,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
-from mend.model_patches.weights_file import load_weights
+from mend.lab.prior import WEIGHTS
+from mend.model_patches.encoder_features import feature_channels
+from mend.model_patches.fusion_patch import new_fusion
+from mend.model_patches.weights_file import load_weights, save_weights
 from mend.tests import tiny_models
 from mend.tests.training.dummies import DUMMY, KIND, same, weights
 from mend.tests.training.picture_files import encoded, levels
+from mend.tests.training.tiny_training import models
 from mend.training import headless, kinds
 from mend.training.checkpoint import LOCK
-from mend.training.run_config import ConfigError, read_config
+from mend.training.run_config import ConfigError, read_config, start_weights
 
 HOST, PACK = Path(os.environ["COMFYUI_PATH"]), Path(__file__).resolve().parents[2]
 TOML = """
@@ -129,6 +134,13 @@ def test_json_and_weights_from_a_file(config, tmp_path):
     ('diffusion_model = "tiny.safetensors"', 'lab = "net"', 1, r"\[model\] lab is 'net'; choose one of unet, dit"),
     ('kind = "dummy"', 'kind = "unheard_of"', 1, "weights of the kind unheard of cannot be trained; there are .*dummy"),
     ('kind = "dummy"', "", 1, r"\[weights\] needs either file"),
+    ('diffusion_model = "tiny.safetensors"', 'vae = "tiny.safetensors"', 1, "vae = 'tiny.safetensors': ComfyUI knows no VAE of this layout"),
+    ('kind = "dummy"', 'kind = "detail_experts"\nperceptual = "none"', 1, "new detail experts take size .* perceptual .*; found {.*'none'"),
+    ('kind = "dummy"\nseed = 1', 'kind = "detail_experts"\nseed = -1', 1, "new detail experts take size .* seed"),
+    ('kind = "dummy"', 'kind = "fusion"\nstart = "none.safetensors"', 1, "start = 'none.safetensors': there is no file .*/none.safetensors"),
+    ('kind = "dummy"', 'kind = "fusion"\nstart = 5', 1, "start = 5: give the name of a file"),
+    ('kind = "dummy"', 'kind = "fusion"\nsingle = "no"', 1, "a new fusion takes preset"),
+    ('kind = "dummy"', 'kind = "degradation_estimator"\ntokenizer = ""', 1, "tokenizer = '': there is no file"),
     ('folder = "photographs"', 'folder = "nowhere"', 1, "nowhere"),
     ("steps = 4", "stepps = 4", 1, "there is no setting stepps; there are steps, batch"),
     ("steps = 4", "steps = -4", 1, "steps is -4; give a number from 1"),
@@ -149,6 +161,28 @@ def test_a_missing_file_is_named(tmp_path):
 def test_paths_are_relative_to_the_file(config, tmp_path):
     read = read_config(config)
     assert read.runs == tmp_path / "runs" and read.output == tmp_path / "trained" / "small.safetensors" and read.path("/abs") == Path("/abs")
+
+
+def test_a_fusion_starts_from_a_file_beside_the_configuration(config, tmp_path, monkeypatch):
+    given = models("sd15")
+    first = new_fusion(given.model.model, feature_channels(given.vae), seed=3)
+    save_weights(first, tmp_path / "one.safetensors")
+    config.write_text(TOML.replace('kind = "dummy"\nseed = 1', 'kind = "fusion"\nstart = "one.safetensors"\nrank = 2'))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    second = start_weights(read_config(config), given)
+    assert second.config == first.config | {"rank": 2} and all(torch.equal(second.tensors[name], t) for name, t in first.tensors.items())
+
+
+def test_detail_experts_learn_on_a_vae_alone(config, tmp_path):
+    vae = 'vae = "lab vae.safetensors"'
+    (tmp_path / "lab vae.safetensors").symlink_to(WEIGHTS / "vae.safetensors")
+    kind = 'kind = "detail_experts"\nperceptual = 0\nwindow = 64'
+    text = TOML.replace('diffusion_model = "tiny.safetensors"', vae).replace('kind = "dummy"', kind).replace("steps = 4", "steps = 1")
+    config.write_text(text.replace("batch = 2", "batch = 1\nvalidation_pictures = 1"))
+    assert headless.main([str(config)]) == 0
+    trained = load_weights(tmp_path / "trained" / "small.safetensors")
+    assert trained.kind == "detail_experts" and trained.config["window"] == 64
 
 
 @pytest.mark.slow

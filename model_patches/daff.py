@@ -34,6 +34,8 @@ GROUPS = 32
 AFTER_SILU = 1.7
 # Tokens to a side of a window: 512 pixels of published, 1024 of lite or of a transformer, for eight pixels to a cell.
 WINDOW = 64
+# Tokens that are fused at once outside of training, so that batches and videos need no more memory than two large pictures.
+AT_ONCE = 2 * WINDOW**2
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,18 @@ class DAFF(nn.Module):
             latent = self.latent_in(_padded(x, self.layout.patch))
         code = time_code(time).to(x).repeat_interleave(len(lq) // len(time), 0)
         times = self.time1(code), self.time2(code)
-        fused = in_windows(lambda a, b: self._fuse(a, b, times, options), latent, lq, WINDOW)
+        fused = self._fuse_rows(latent, lq, times, options)
         change = self.zero(fused.flatten(2).transpose(1, 2))
         if self.layout.tokens:
             return change.reshape(x.shape)
         cells = change.transpose(1, 2).unflatten(2, fused.shape[-2:])
         return F.pixel_shuffle(cells, self.layout.patch)[..., :x.shape[-2], :x.shape[-1]]
+
+    def _fuse_rows(self, latent: Tensor, lq: Tensor, times: tuple[Tensor, Tensor], options: dict) -> Tensor:
+        """Fuse (B, width, h, w), in windows, as many rows at once as there is room for."""
+        together = len(lq) if torch.is_grad_enabled() else max(1, AT_ONCE // min(lq.shape[-2] * lq.shape[-1], WINDOW**2))
+        parts = zip(latent.split(together), lq.split(together), *(time.split(together) for time in times))
+        return torch.cat([in_windows(lambda a, b, own=own: self._fuse(a, b, own, options), x, e, WINDOW) for x, e, *own in parts])
 
     def _fuse(self, latent: Tensor, lq: Tensor, times: tuple[Tensor, Tensor], options: dict) -> Tensor:
         """(B, width, h, w) of both streams -> the same of the fused one."""

@@ -91,3 +91,23 @@ def test_a_fresh_one_hears_the_degraded_picture_as_loud_as_the_latent():
     change = network(x, network.embed(features), torch.tensor([500.0]), {})
     # What leaves is still nothing; inside, neither is twice as loud as the other.
     assert not change.any() and 0.5 < loud["lq_in"] / loud["latent_in"] < 2
+
+
+def test_videos_are_fused_a_few_frames_at_once(monkeypatch):
+    layout = Layout(channels=8, features=8, embedding=8, width=64, patch=2, tokens=True)
+    network = DAFF(layout, trained_operations)
+    initialise(network, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        network.zero.weight.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
+    generator, frames = torch.Generator().manual_seed(2), 7
+    x, e = (torch.randn(shape, generator=generator) for shape in ((2, frames * 16, 8), (2, 8, frames, 8, 8)))
+    time, seen, fuse = torch.tensor([10.0, 900.0]), [], network._fuse
+    monkeypatch.setattr(network, "_fuse", lambda latent, *args: (seen.append(len(latent) * latent.shape[-2] * latent.shape[-1]), fuse(latent, *args))[1])
+    whole = network(x, e, time, {})
+    assert seen == [2 * frames * 16]
+    monkeypatch.setattr("mend.model_patches.daff.AT_ONCE", 3 * 16)
+    with torch.no_grad():
+        parts = network(x, e, time, {})
+    assert len(seen) == 6 and max(seen[1:]) == 3 * 16
+    # Matrix products of other sizes add in another order.
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)

@@ -74,6 +74,10 @@ class DetailExpertsTrainee:
         """Yield the experts' parameters."""
         yield from self.network.parameters()
 
+    def statistics(self) -> Iterator[Tensor]:
+        """Yield what routers take for usual, which follows the pictures that each process sees."""
+        yield from self.network.buffers()
+
     @contextmanager
     def attach(self, models: Models) -> Iterator[None]:
         """Make a copy of the VAE that gradients flow through; the user's is only read."""
@@ -92,7 +96,7 @@ class DetailExpertsTrainee:
         """Decode latents as restorers leave them, and compare with the clean picture.
 
         The balance of experts is that of the whole batch, and so is what routers take for usual: how samples are spread over batches and
-        processes counts a little.
+        processes counts a little, but all processes go on from the same.
         """
         self._make_room(batch.clean.shape)
         clean = self._pixels(batch.clean)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -182,6 +182,7 @@ class _Session:
         device = models.model.load_device if models.model is not None else self.state.parameters[0].device
         self.precision = autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
         self.at_step: Callable[[int], None] = getattr(trainee, "at_step", lambda step: None)
+        self.statistics: Callable[[], Iterable[Tensor]] = getattr(trainee, "statistics", tuple)
         self.page: Tensor | None = None
         self.first_step, self.seconds_before, self.begun = self.state.step, self.state.seconds, time.monotonic()
         self.saved_at, self.saving_took = time.monotonic(), 0.0
@@ -225,11 +226,12 @@ class _Session:
         return stops > 0 and self.state.step < self.settings.steps
 
     def _average(self, loss: float) -> tuple[float, float]:
-        """Average gradients, loss and the wish to stop over the processes."""
+        """Average gradients, what the trainee measures as it learns, loss and the wish to stop over the processes."""
         for p in self.state.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        loss, stops = self.processes.average([p.grad for p in self.state.parameters], [loss, float(self.observer.stop())])
+        shared = [*(p.grad for p in self.state.parameters), *self.statistics()]
+        loss, stops = self.processes.average(shared, [loss, float(self.observer.stop())])
         return loss, stops
 
     def _start_alike(self) -> None:

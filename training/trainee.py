@@ -89,6 +89,8 @@ class Trainee(Protocol):
     # A trainee may also have `prepare(pairs, seed)`: called once, attached, before the first step of a run, to measure the data. What it
     # finds has to be part of `state_dict`.
 
+    # It may also have `statistics()`: tensors of float32 that it changes by itself as it learns, which processes average like gradients.
+
     # It may also have `rate_factors()`: what the learning rate is multiplied by for each of the parameters.
 
     def attach(self, models: Models) -> AbstractContextManager[None]:

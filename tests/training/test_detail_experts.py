@@ -18,6 +18,7 @@ from mend.training.checkpoint import open_run
 from mend.training.detail_experts import DetailExpertsTrainee, new_experts
 from mend.training.kinds import KINDS, new_weights, trainee_of
 from mend.training.loop import describe_run, train
+from mend.training.processes import Processes
 from mend.training.settings import Settings
 from mend.training.trainee import Batch, Models, Pair
 
@@ -212,3 +213,27 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="new detail experts need a VAE"):
         new_experts(Models(), {})
     assert "detail_experts" in KINDS
+
+
+class Peers(Processes):
+    """Two processes of which the other one knows all numbers to be 7."""
+
+    def same(self, value):
+        return value
+
+    def average(self, tensors, numbers):
+        known = {tensor.data_ptr() for tensor in self.told()}
+        for tensor in tensors:
+            if tensor.data_ptr() in known:
+                tensor.fill_(7.0)
+        return list(numbers)
+
+
+def test_processes_share_what_routers_take_for_usual(monkeypatch):
+    models = given()
+    trainee = trainee_of(fresh(models), models)
+    monkeypatch.setattr(Peers, "told", lambda self: trainee.statistics(), raising=False)
+    settings = Settings(steps=2, batch=2, validate_every=0)
+    found = train(trainee, SmallPairs(), models, settings, None, Watcher(), Peers(0, 2)).tensors
+    usual = {name: tensor for name, tensor in found.items() if name.endswith((".router.mean", ".router.deviation"))}
+    assert usual and all((tensor == 7).all() for tensor in usual.values()), sorted(found)

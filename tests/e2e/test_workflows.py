@@ -24,3 +24,13 @@ def test_it_runs_to_its_end(server, tmp_path, name):
     if name in BETTER:
         best = max(demo_run.measure(picture, truth)["psnr"] for picture in saved)
         assert best > demo_run.measure(before, truth)["psnr"] + 1, f"{best:.2f} dB"
+
+
+@pytest.mark.parametrize("name", ["restore_blind", "restore_with_visual_instruction"])
+def test_transparency_is_kept(server, tmp_path, name):
+    _, before = noisy_photograph()
+    before.putalpha(Image.linear_gradient("L").resize(SIZE))
+    before.save(tmp_path / "before.png")
+    result = server.queue(PACK / "workflows" / f"{name}.json", inputs=[tmp_path / "before.png"], out=tmp_path / "out")
+    (saved,) = [Image.open(file["path"]) for file in result.files if file["type"] == "output"]
+    assert (saved.size, saved.mode) == (SIZE, "RGBA") and saved.getchannel("A").getextrema()[0] < 10

@@ -4,7 +4,6 @@ The paper needs to be told the degradation. Here a bank holds the tokens of each
 says which kinds a picture has and at which place between their levels.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config_values import whole_number
+from .config_values import number, whole_number
 from .fit import misfit
 from .framing import rgb_pictures
 from .host import inference_module, run_module, run_operations
@@ -107,12 +106,8 @@ def new_weights(bank: Tensor, config: dict[str, Any], seed: int = 0) -> Weights:
 
 def _scale(row: Any) -> bool:
     whole = isinstance(row, list) and len(row) == 3 and isinstance(row[2], list) and len(row[2]) > 1
-    return whole and all(isinstance(name, str) for name in row[:2]) and all(map(_level, row[2]))
-
-
-def _level(value: Any) -> bool:
     # Places between levels are on a geometric scale, which has no zero.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return whole and all(isinstance(name, str) for name in row[:2]) and all(number(level) and level > 0 for level in row[2])
 
 
 # How to tell whether an entry of the config says what it has to.

@@ -15,6 +15,7 @@ from ..samplers.alignment import Alignment
 from ..samplers.first_guess import first_guess, known_degradation
 from ..samplers.guided_model import GuidedModel
 from ..samplers.matched_start import MatchedStart, latent_noise
+from ..samplers.posterior_guidance import NODE as GUIDANCE
 from ..samplers.posterior_guidance import Posterior
 from ..samplers.presets import ALIGNMENTS
 from ..samplers.quality import Quality
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 AlignmentSocket = io.Custom("MEND_ALIGNMENT")
 QualitySocket = io.Custom("MEND_QUALITY")
 
-GUIDANCE = "Apply Posterior Guidance"
 OF_PRESET = "-1 keeps the preset's value."
 BELOW = "Acts once sampling has come down to this model timestep (of 1000)."
 

@@ -30,12 +30,12 @@ from ..model_patches.degradation_model import (
 from ..model_patches.degraded_picture import ATTACHMENT, FORMS, Degradation, DegradedPicture, Residuals
 from ..model_patches.diffusion_adapter import lora_tensors
 from ..model_patches.fine_tune import FineTune
-from ..model_patches.host import for_training, interrupt_point, is_flow, trained_operations
+from ..model_patches.host import for_training, interrupt_point, is_flow, output_slope, trained_operations
 from ..model_patches.host import sample_with as host_sample
 from ..model_patches.irb import SIZES
 from ..model_patches.weights_file import Weights, load_weights, part_of
 from ..samplers.degradation_space import DegradationSpaceSampler
-from .denoising import Denoising
+from .denoising import DenoisingFromNoise
 from .seeding import generator
 from .trainee import NODE, Batch, Models
 
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     from .feed import Pairs
 
 CLEAN, OTHER = 0.1, 0.1
-# How many of a flow's times are uniform.
-EVEN = 0.5
 GATE_RATE, FINE_TUNE_RATE = 10.0, 0.1
 # The noise's share of what the model sees, down to which errors of y0 count alike.
 LITTLE = 0.25
+# How many times an error of the model's own output counts at most: x0 of an eps model is up to sigma times as far off.
+MOST = 4.0
 # Damage this much smaller than the mean one (5 dB) counts by its part that is left; weaker damage less and less, since a VAE's own error
 # comes near it.
 FLOOR = 0.3
@@ -77,24 +77,20 @@ def new_model(models: Models, config: Mapping[str, Any]) -> Weights:
     return new_weights(models.model.model, codes, **given)
 
 
-class ResidualDenoising(Denoising):
-    """Measures errors as those of y0, and sees flows near full noise as often as elsewhere.
+class ResidualDenoising(DenoisingFromNoise):
+    """Measures errors as those of y0.
 
-    The picture tells most of a residual at any noise level. An error of eps counts one of y0 at full noise by 1 / sigma^2, next to nothing,
-    and smooth damage such as haze is decided there, where logit-normal times hardly ever come. Where less noise than LITTLE is left, errors
-    count as those of v times LITTLE: y0 can be told from what is sampled there, and what is to be learned is to take the noise off.
+    The picture tells most of a residual at any noise level, and an error of eps counts one of y0 at full noise by 1 / sigma^2, next to
+    nothing. Where less noise than LITTLE is left, errors count as those of v times LITTLE: y0 can be told from what is sampled there, and
+    what is to be learned is to take the noise off.
     """
-
-    def draw_flow_time(self, generator: torch.Generator) -> Tensor:
-        """Return a uniform time for half of the samples."""
-        even = float(torch.rand((), generator=generator)) < EVEN
-        return torch.rand((), generator=generator) if even else super().draw_flow_time(generator)
 
     def error(self, x: Tensor, sigma: Tensor, z0: Tensor, texts: Sequence[str], extra: dict[str, Tensor]) -> Tensor:
         """Return how far the prediction for x (B, ...) at sigma (B,) is from z0."""
         noise = sigma if is_flow(self.sampling) else sigma / (1 + sigma.square()).sqrt()
-        scale = (LITTLE / noise).clamp(min=1)
-        return (self.x0(x, sigma, texts, extra) - z0) * scale.reshape(-1, *[1] * (z0.ndim - 1))
+        scale = (LITTLE / noise).clamp(min=1).reshape(-1, *[1] * (z0.ndim - 1))
+        most = (MOST / output_slope(self.sampling, sigma, z0).abs()).clamp(max=1)
+        return (self.x0(x, sigma, texts, extra) - z0) * scale * most
 
 
 class DegradationTrainee:

@@ -23,6 +23,9 @@ from ..model_patches.host import (
 from .trainee import Models
 
 SMALLEST_FLOW_TIME = 1e-3
+# How many of a flow's times are uniform, and how many of the samples in which noise outweighs the rest show noise alone, where sampling
+# starts from it.
+EVEN, ALONE = 0.5, 0.5
 
 
 class Denoising:
@@ -96,11 +99,14 @@ class Denoising:
             weights: (B,) how much each sample counts; None for all alike.
         """
         sigma = torch.stack([self.draw_sigma(generator) for generator in generators]).to(z0)
-        noise = torch.stack([torch.randn(row.shape, generator=generator).to(row) for row, generator in zip(z0, generators)])
-        x = self.sampling.noise_scaling(sigma.reshape(-1, *[1] * (z0.ndim - 1)), noise, z0)
-        error = self.error(x, sigma, z0, texts, extra)
+        error = self.error(self.noised(z0, sigma, generators), sigma, z0, texts, extra)
         each = error.abs() if absolute else error.square()
         return each.mean() if weights is None else (each.flatten(1).mean(1) * weights.to(each)).mean()
+
+    def noised(self, z0: Tensor, sigma: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return what the model sees at noise levels (B,): z0 (B, ...) under noise from the generators."""
+        noise = torch.stack([torch.randn(row.shape, generator=generator).to(row) for row, generator in zip(z0, generators)])
+        return self.sampling.noise_scaling(sigma.reshape(-1, *[1] * (z0.ndim - 1)), noise, z0)
 
     def error(self, x: Tensor, sigma: Tensor, z0: Tensor, texts: Sequence[str], extra: dict[str, Tensor]) -> Tensor:
         """Return how far the model's own output for x (B, ...) at sigma (B,) is from the one that leads to the clean latents z0."""
@@ -119,3 +125,24 @@ class Denoising:
         # At both ends the host answers with what no schedule reaches: 0, where noise and loss have no size, and 999999999.9.
         sigma = torch.tensor(float(self.sampling.percent_to_sigma(1 - float(time))))
         return sigma.clamp(float(self.sampling.sigma_min), float(self.sampling.sigma_max))
+
+
+class DenoisingFromNoise(Denoising):
+    """For what is sampled from noise alone, where all that is known comes with the condition.
+
+    Smooth things, such as haze or how bright a picture is, are decided near full noise, where a flow's logit-normal times hardly ever come.
+    And they show through all the noise that an eps model knows, and through most of a flow's: a model that has always found them there
+    believes what it finds, and where sampling starts there is nothing (arXiv 2305.08891 has that of pictures that cannot become dark).
+    """
+
+    def draw_flow_time(self, generator: torch.Generator) -> Tensor:
+        """Return a uniform time for some of the samples."""
+        even = float(torch.rand((), generator=generator)) < EVEN
+        return torch.rand((), generator=generator) if even else super().draw_flow_time(generator)
+
+    def noised(self, z0: Tensor, sigma: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return z0 (B, ...) under noise, or where that is the larger, noise alone for some."""
+        outweighed = sigma > (0.5 if is_flow(self.sampling) else 1.0)
+        drawn = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(sigma)
+        shown = 1 - (outweighed & (drawn < ALONE)).to(z0)
+        return super().noised(z0 * shown.reshape(-1, *[1] * (z0.ndim - 1)), sigma, generators)

@@ -43,7 +43,7 @@ from .remembered import FewPairs, RememberingEncoder, RememberingVAE  # noqa: E4
 from .scenes import SCENES, figures, mean, over_scenes, seeded  # noqa: E402
 
 SEEDS = (0, 1, 2)
-RANK, CROP, BATCH, STEPS, RATE = 32, 128, 8, 1500, 1e-3
+RANK, CROP, BATCH, STEPS, RATE = 32, 128, 8, 1000, 1e-3
 SAMPLING_STEPS = 10
 TRAINED = report.PACK / "lab" / "trained"
 HOME = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
@@ -57,7 +57,11 @@ METHODS: dict[str, dict[str, str]] = {
     LATENT: {"form": "latent"}, PIXEL: {"form": "pixel"}, IMAGE: {"form": "picture"}, WORDS: {"form": "latent", "instruction": "words"},
     DEGRADED: {"form": "latent", "instruction": "degraded"}, CONCATENATION: {"form": "latent", "bridge": "concatenation"},
 }
-ON_DIT = (LATENT, PIXEL, IMAGE)
+# What the command line calls them.
+NAMES = {"latent": LATENT, "pixel": PIXEL, "image": IMAGE, "words": WORDS, "degraded": DEGRADED, "concatenation": CONCATENATION}
+TOLD_NOTHING, BLIND = "told of nothing", "blind estimate"
+# Transformers have no first convolution to widen. Those that are told of nothing, and of the wrong thing.
+ON_DIT, MISTAKEN = tuple(method for method in METHODS if method != CONCATENATION), (LATENT, PIXEL, IMAGE)
 # The forms that may be published.
 FORMS = {"latent": LATENT, "pixel": PIXEL}
 
@@ -220,45 +224,65 @@ class Table:
                  given: dict[str, Weights] | None = None) -> None:
         self.lab, self.options, self.results, self.estimator, self.given = lab, options, results, estimator, given or {}
 
-    def row(self, method: str, degradation: str, way: Way = Way(), label: str = "") -> dict[str, Any]:
-        """One row."""
+    def row(self, method: str, degradation: str, way: Way = Way(), label: str = "", seeds: tuple[int, ...] = ()) -> dict[str, Any]:
+        """One row, over the command's seeds unless others are named."""
         run = Run(self.lab.prior, method, self.options.steps)
+        options = argparse.Namespace(scenes=self.options.scenes, seeds=seeds or self.options.seeds)
 
         def make() -> dict[str, Any]:
             trainee = DegradationTrainee(self.given[method], self.lab.models) if method in self.given else self.lab.trained(run)
             with attached(self.lab, trainee):
-                found = evaluated(self.lab, trainee, degradation, way, self.options, self.estimator)
+                found = evaluated(self.lab, trainee, degradation, way, options, self.estimator)
             return {**found, "parameters": sum(p.numel() for p in trainee.parameters())}
 
-        name = f"{run.prior} {self.given[method].name}" if method in self.given else run.name
-        key = "|".join([name, degradation, str(way), str(self.options.scenes), str(self.options.seeds)])
+        name = f"{run.prior} {_digest(self.given[method])}" if method in self.given else run.name
+        blind = [_digest(self.estimator)] if way.told == "blind" else []
+        key = "|".join([name, degradation, str(way), str(options.scenes), str(options.seeds), *blind])
         return {"method": method + (f", {label}" if label else ""), "degradation": degradation, "prior": self.lab.prior, **self.results.get(key, make)}
+
+    def methods(self) -> list[str]:
+        """What is measured, as the table has it from top to bottom."""
+        if self.options.published:
+            return list(self.given)
+        own = METHODS if self.lab.prior == "unet" else ON_DIT
+        return [method for method in own if not self.options.forms or method in [NAMES[name] for name in self.options.forms]]
 
     def rows(self) -> list[dict[str, Any]]:
         """All that the issue's table has, one trained model after another."""
-        methods = list(METHODS) if self.lab.prior == "unet" else list(ON_DIT)
         rows = [input_row(name, self.options, self.results) for name in (*TASKS, COMPOSITE)]
-        for method in methods:
-            if self.given and method not in self.given:
-                continue
+        for method in self.methods():
             rows += [self.row(method, name) for name in TASKS]
-            if method in ON_DIT:
+            if method in MISTAKEN:
+                rows += self._mistaken(method)
+            if method == LATENT:
                 rows += self._uses(method)
         return rows
 
+    def _mistaken(self, method: str) -> list[dict[str, Any]]:
+        """What a model does when it is told of nothing, and of damage that the picture has not. One seed tells."""
+        one = self.options.seeds[:1]
+        return [*(self.row(method, name, Way("null"), TOLD_NOTHING, one) for name in TASKS),
+                *(self.row(method, name, Way(_other(name)), f"told of {_other(name)}", one) for name in TASKS)]
+
     def _uses(self, method: str) -> list[dict[str, Any]]:
-        """What a model does when it is told something else, and with several samples."""
-        rows = [self.row(method, name, Way("null"), "told of nothing") for name in TASKS]
-        rows += [self.row(method, name, Way(_other(name)), f"told of {_other(name)}") for name in TASKS]
-        if method == IMAGE:
-            return rows
-        rows += [self.row(method, name, Way(steps=1), "one step") for name in (*TASKS, COMPOSITE)]
-        rows += [self.row(method, name, Way(samples=4), "mean of 4 samples") for name in TASKS]
-        rows += [self.row(method, name, Way(cfg=1.5), "instruction cfg 1.5") for name in TASKS]
-        rows += [self.row(method, COMPOSITE, Way(told), f"told of {told}") for told in (COMPOSITE, "haze", "noise 25")]
+        """Composite damage, blind restoration, and, of the pack's own weights, what more or less computing gives."""
+        rows = [self.row(method, COMPOSITE, Way(told), f"told of {told}") for told in (COMPOSITE, "haze", "noise 25")]
         if self.estimator is not None:
-            rows += [self.row(method, name, Way("blind"), "blind estimate") for name in (*TASKS, COMPOSITE)]
-        return rows
+            rows += [self.row(method, name, Way("blind"), BLIND) for name in (*TASKS, COMPOSITE)]
+        if not self.given:
+            return rows
+        one = self.options.seeds[:1]
+        rows += [self.row(method, name, Way(steps=1), "one step", one) for name in TASKS]
+        rows += [self.row(method, name, Way(cfg=1.5), "instruction cfg 1.5", one) for name in TASKS]
+        return [*rows, *(self.row(method, name, Way(samples=4), "mean of 4 samples", one) for name in TASKS)]
+
+
+def _digest(weights: Weights) -> str:
+    """Tell weights apart, for the names of rows."""
+    digest = hashlib.sha256(json.dumps(weights.config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(weights.tensors.items()):
+        digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+    return f"{weights.kind} {digest.hexdigest()[:8]}"
 
 
 def _other(degradation: str) -> str:
@@ -313,22 +337,71 @@ def _file(prior: str, form: str) -> Path:
 
 
 COLUMNS = ("method", "degradation", "prior", "n", "seeds", "parameters", "psnr", "psnr_std", "ssim", "haarpsi", "to_input", "to_encoded_input", "seconds")
-INTRODUCTION = """## Diffusion in the degradation space: `python dev bench degradation_space`
+MEANS = ("method", "seeds", "psnr", "gain", "ssim", "haarpsi")
+CEILINGS = """## What each form of degradation diffusion can reach: `python dev bench degradation_space --ceilings`
 
-A small-scale reproduction on the lab prior (lab/README.md). Every model learned all tasks at once ({tasks}, and haze with noise upon it; several strengths each), {steps} steps of
-{batch} crops of {crop} px, at one learning rate of {rate:g}, with LoRA of rank {rank}. Restored from pure noise with {sampling} Euler steps,
-no prompt. The chart of the instruction is one that no training drew; its damage is of the same strength as the picture's, with other noise. Four scenes, {seeds} seed(s); PSNR in dB.
-to_input is the PSNR of the result to the damaged picture, to_encoded_input to that picture through the VAE: how much nothing was done.
+The true residual through the lab's VAE, PSNR / SSIM, on four scenes that nothing was trained on: what no model of a form can do better than. The latent
+form returns Dec(E(LQ) - y0), which is the clean picture through the VAE; the pixel form returns LQ less the decoded residual.
+"""
+INTRODUCTION = """## Diffusion in the degradation space on the lab's {prior}: `python dev bench degradation_space --prior {prior}`
 
-The ceilings first: the true residual through the lab's VAE, PSNR / SSIM.
+A small-scale reproduction on the lab prior (lab/README.md). Every model learned all tasks at once ({tasks}, and haze with noise upon it; several strengths
+each), {steps} steps of {batch} crops of {crop} px, at one learning rate of {rate:g}, with LoRA of rank {rank}. Restored from pure noise with {sampling}
+Euler steps, no prompt. The chart of the instruction is one that no training drew; its damage is of the same strength as the picture's, with other noise.
+Four scenes, seeds as named; PSNR in dB. to_input is the PSNR of the result to the damaged picture, to_encoded_input to that picture through the VAE: how
+much nothing was done. The gain is over the damaged picture.
 """
 
 
-def write_evidence(tables: list[str], options: argparse.Namespace) -> None:
-    """Write this measurement's section of docs/evidence.md."""
-    introduction = INTRODUCTION.format(tasks=", ".join(TASKS), steps=options.steps, batch=BATCH, crop=CROP, rate=RATE, rank=RANK, sampling=SAMPLING_STEPS,
-                                       seeds=len(options.seeds))
-    report.write_section("degradation_space", "\n".join([introduction, *tables]))
+def evidence(own: list[dict[str, Any]], prior: str, options: argparse.Namespace) -> str:
+    """A prior's section: what was asked, means, and every row."""
+    introduction = INTRODUCTION.format(prior=prior, tasks=", ".join(TASKS), steps=options.steps, batch=BATCH, crop=CROP, rate=RATE, rank=RANK,
+                                       sampling=SAMPLING_STEPS)
+    if given := published(prior) if options.steps == STEPS else {}:
+        introduction += f"The weights that come with the pack stand for {', '.join(given)}; they learned as long, and are in half precision.\n"
+    means = report.markdown(averages(own), MEANS)
+    return "\n".join([introduction, *asked(own), "", "Means over the seven tasks:", "", means, "Task by task:", "", report.markdown(own, COLUMNS)])
+
+
+def averages(own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over all tasks of the methods that have them all, and their gain over the damaged picture."""
+    found, base = [], {row["degradation"]: row["psnr"] for row in own if row["method"] == "degraded"}
+    for method in dict.fromkeys(row["method"] for row in own):
+        rows = [row for row in own if row["method"] == method and row["degradation"] in TASKS]
+        if len(rows) == len(TASKS):
+            figures_of = {name: sum(row[name] for row in rows) / len(rows) for name in ("psnr", "ssim", "haarpsi")}
+            gain = sum(row["psnr"] - base[row["degradation"]] for row in rows) / len(rows)
+            found.append({"method": method, "seeds": rows[0]["seeds"], "gain": gain, **figures_of})
+    return found
+
+
+def asked(own: list[dict[str, Any]]) -> list[str]:
+    """What was expected of the method beside what was found, one line each; only what the rows can answer."""
+    psnr = {(row["method"], row["degradation"]): row["psnr"] for row in own}
+    methods = {row["method"] for row in own}
+    lines = [
+        "- Over the damaged picture, 3 dB expected: " + ", ".join(
+            f"{name} {psnr[LATENT, name] - psnr['degraded', name]:+.1f}" for name in ("noise 50", "haze", "low light")) + ".",
+    ] if LATENT in methods else []  # fmt: skip
+    if {LATENT, IMAGE} <= methods:
+        better = {name: psnr[LATENT, name] - psnr[IMAGE, name] for name in TASKS}
+        lines.append(f"- Latent form over image space, 1.5 dB expected in the mean: {sum(better.values()) / len(TASKS):+.1f} ("
+                     + ", ".join(f"{name} {value:+.1f}" for name, value in better.items()) + ").")
+    for method, to in ((LATENT, "to_encoded_input"), (PIXEL, "to_input"), (IMAGE, "to_encoded_input")):
+        rows = [row for row in own if row["method"].startswith(f"{method}, told of") and row["degradation"] in TASKS]
+        for label in (TOLD_NOTHING, "the wrong damage"):
+            near = {row["degradation"]: row[to] for row in rows if row["method"].endswith(TOLD_NOTHING) == (label == TOLD_NOTHING)}
+            if near:
+                wanted = "" if method == IMAGE else ", 30 dB expected"
+                lines.append(f"- {method[0].upper()}{method[1:]}, {'told of ' if label != TOLD_NOTHING else ''}{label}, {to}{wanted}: "
+                             + ", ".join(f"{name} {value:.1f}" for name, value in near.items()) + ".")
+    if f"{LATENT}, {BLIND}" in methods:
+        lost = {name: psnr[f"{LATENT}, {BLIND}", name] - psnr[LATENT, name] for name in TASKS}
+        lines.append("- Blind beside the true instruction, at most 1 dB less expected: " + ", ".join(f"{name} {value:+.1f}" for name, value in lost.items()) + ".")
+    told = {name: psnr[f"{LATENT}, told of {name}", COMPOSITE] for name in (COMPOSITE, "haze", "noise 25") if (f"{LATENT}, told of {name}", COMPOSITE) in psnr}
+    if told:
+        lines.append(f"- A picture with {COMPOSITE}, at {psnr['degraded', COMPOSITE]:.1f} dB: " + ", ".join(f"{value:.1f} told of {name}" for name, value in told.items()) + ".")
+    return lines
 
 
 def ceiling_rows(lab_vae: Any, options: argparse.Namespace, results: report.Results) -> list[dict[str, Any]]:
@@ -349,6 +422,9 @@ def main() -> None:
     parser.add_argument("--prior", nargs="+", default=["unet", "dit"], choices=["unet", "dit"])
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of every run")
+    parser.add_argument("--published", action="store_true", help="measure the weights that come with the pack; nothing is trained")
+    parser.add_argument("--forms", nargs="+", choices=list(NAMES), metavar="FORM",
+                        help=f"train and measure these only, without writing evidence, to share the work among processes: {', '.join(NAMES)}")
     parser.add_argument("--publish", nargs="+", choices=list(FORMS), metavar="FORM",
                         help="train these forms only (latent, pixel), store them as the pack's own weights, and stop")
     options = parser.parse_args()
@@ -357,24 +433,23 @@ def main() -> None:
         for prior in options.prior:
             publish(Lab(prior, codes), options.steps, options.publish)
         return
+    options.published |= options.quick
     options.scenes, options.seeds = (("coffee",), SEEDS[:1]) if options.quick else (tuple(SCENES), SEEDS[:options.seeds])
+    writes = not (options.quick or options.forms)
     results = report.Results(_results_file(options))
     rows = ceiling_rows(load_lab_prior(options.prior[0])[2], options, results)
-    tables = [report.markdown(rows, oracle.COLUMNS)]
-    report.say(tables[0])
-    if not options.ceilings:
-        codes, estimator = tokenizer_weights(), estimator_weights()
-        for prior in options.prior:
-            lab = Lab(prior, codes)
-            given = published(prior) if options.quick else {}
-            if options.quick and not given:
-                continue
-            own = Table(lab, options, results, estimator, given).rows()
-            rows += own
-            tables.append(report.markdown(own, COLUMNS))
-            report.say(tables[-1])
-        if not options.quick:
-            write_evidence(tables, options)
+    report.say(report.markdown(rows, oracle.COLUMNS))
+    if writes:
+        report.write_section("degradation_space ceilings", "\n".join([CEILINGS, report.markdown(rows, oracle.COLUMNS)]))
+    for prior in [] if options.ceilings else options.prior:
+        given = published(prior) if options.steps == STEPS else {}
+        if options.published and not given:
+            continue
+        own = Table(Lab(prior, tokenizer_weights()), options, results, estimator_weights(), given).rows()
+        rows += own
+        report.say("\n".join([*asked(own), report.markdown(averages(own), MEANS), report.markdown(own, COLUMNS)]))
+        if writes:
+            report.write_section(f"degradation_space {prior}", evidence(own, prior, options))
     if options.json:
         report.say(json.dumps({"rows": rows}))
 

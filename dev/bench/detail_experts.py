@@ -1,7 +1,7 @@
 """Detail experts on the lab's VAE: what they add to a plain decode, after which restorer, how they share the work, and what they cost.
 
 `python dev bench detail_experts` trains the experts alone and measures them on latents of clean photographs and, if asked, after LD-RPS. What they
-add after fusion, and what others reach with their budget, are rows of `python dev bench unildiff`.
+add after fusion are rows of `python dev bench unildiff`. With `--alone`: what the same budget gives to experts without a latent and to another network.
 """
 
 from __future__ import annotations
@@ -179,6 +179,34 @@ def alone_rows(results: report.Results, models: Models, steps: int, scenes: Sequ
     return found
 
 
+ALONE = """## What the latent is worth to detail experts: `python dev bench detail_experts --alone`
+
+The pack's experts decode latents of the clean photographs; beside them, trained on the same pictures for as many steps ({steps}), the same experts with the
+latent zeroed and a NAFNet of their size, which see the damaged picture only. What these reach is not the latent's. Four scenes, {seeds} seed(s), never
+trained on.
+"""
+
+
+def alone_table(options: argparse.Namespace) -> str:
+    """Experts with their latent, and what is reached without one, by task and in the mean."""
+    models, results = lab_models(), report.Results(report.results_file("detail_experts"))
+    trainee = committed(models)
+    with attached(trainee, models):
+        found = rows(results, models, trainee, "of the clean picture", clean_latents(models, options.scenes), options.scenes, options.seeds)
+    found += alone_rows(results, models, options.steps, options.scenes, options.seeds)
+    return report.markdown([*found, *means(found)], COLUMNS)
+
+
+def means(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method and decode: the mean over its tasks."""
+    made = []
+    for method, decode in dict.fromkeys((row["method"], row["decode"]) for row in found):
+        own = [row for row in found if (row["method"], row["decode"]) == (method, decode)]
+        names = [name for name in ("psnr", "gain", "ssim", "haarpsi", "gmsd") if all(name in row for row in own)]
+        made.append({"method": method, "decode": decode, "task": "mean", **{name: sum(row[name] for row in own) / len(own) for name in names}})
+    return made
+
+
 def clean_latents(models: Models, scenes: Sequence[str]) -> dict[str, Latents]:
     """The latents of the clean photographs: the best that a restorer could leave."""
     by_picture: dict[str, Tensor] = {}
@@ -341,11 +369,7 @@ def own_tables(trainee: DetailExpertsTrainee, models: Models, results: report.Re
     found = rows(results, models, trainee, "of the clean picture", clean_latents(models, scenes), scenes, options.seeds)
     for kind in options.after:
         found += rows(results, models, trainee, f"LD-RPS, {kind}", zero_shot_latents(kind), scenes, options.seeds[:options.after_seeds], zero_shot_digest())
-    for method, decode in dict.fromkeys((row["method"], row["decode"]) for row in found):
-        own = [row for row in found if (row["method"], row["decode"]) == (method, decode)]
-        means = {name: sum(row[name] for row in own) / len(own) for name in ("psnr", "gain", "ssim", "haarpsi", "gmsd")}
-        found.append({"method": method, "decode": decode, "task": "mean", **means})
-    return [report.markdown(found, COLUMNS), "Which expert worked on how much of the pictures:\n", shares_table(shares(trainee, models, scenes)),
+    return [report.markdown([*found, *means(found)], COLUMNS), "Which expert worked on how much of the pictures:\n", shares_table(shares(trainee, models, scenes)),
             f"One decode at the size of SD's AutoencoderKL, random weights, {COST_SIDE} px, one processor core:\n", cost_table(cost_rows())]
 
 
@@ -358,6 +382,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="a folder of good pictures; the lab's training pictures without it")
     parser.add_argument("--publish", action="store_true", help="store the weights in lab/trained")
     parser.add_argument("--cost", action="store_true", help="print the cost of a decode, and train nothing")
+    parser.add_argument("--alone", action="store_true", help="measure the pack's experts beside what learns as long without a latent")
     parser.add_argument("--scenes", nargs="+", default=list(SCENES), choices=list(SCENES))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--after", nargs="*", default=[], choices=["unet", "dit"], help="decode after LD-RPS on these priors, too")
@@ -367,6 +392,13 @@ def main() -> None:
         report.say(cost_table(cost_rows()))
         return
     options.scenes, options.seeds = tuple(options.scenes), SEEDS[:options.seeds]
+    whole = (options.scenes, options.seeds, options.pictures) == (tuple(SCENES), SEEDS, None)
+    if options.alone:
+        table = alone_table(options)
+        report.say(table)
+        if whole:
+            report.write_section("detail_experts alone", "\n".join([ALONE.format(steps=options.steps, seeds=len(options.seeds)), table]))
+        return
     models = lab_models()
     trainee = trained(EXPERTS, models, options.steps, options.pictures, options.rate, options.crop)
     if options.publish:
@@ -374,7 +406,7 @@ def main() -> None:
     with attached(trainee, models):
         parts = own_tables(trainee, models, report.Results(report.results_file("detail_experts")), options)
     report.say("\n".join(parts))
-    if (options.scenes, options.seeds, options.pictures) == (tuple(SCENES), SEEDS, None):
+    if whole:
         introduction = INTRODUCTION.format(size=SIZE, steps=options.steps, batch=BATCH, crop=options.crop, rate=options.rate, tasks=", ".join(TASKS),
                                            seeds=len(options.seeds))
         report.write_section("detail_experts", "\n".join([introduction, *parts]))

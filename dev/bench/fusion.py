@@ -45,7 +45,7 @@ TASKS = {
 }  # fmt: skip
 DAFF, WITHOUT_SINGLE, ADAPTER = "DAFF", "DAFF without the single stream", "adapter"
 METHODS = (ADAPTER, DAFF, WITHOUT_SINGLE)
-RANK, CROP, BATCH, RATE, STEPS = 8, 128, 8, 3e-3, 600
+RANK, CROP, BATCH, RATE, STEPS = 8, 128, 8, 3e-3, 1500
 SAMPLING_STEPS = 10
 TRAINED = report.PACK / "lab" / "trained"
 

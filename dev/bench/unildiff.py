@@ -11,19 +11,19 @@ import json
 from typing import Any
 
 from . import detail_experts, fusion, report
-from .detail_experts import EXPERTS
 from .scenes import SCENES
 
 SEEDS = (0, 1, 2)
 COLUMNS = ("method", "decode", "task", "prior", "n", "seeds", "psnr", "psnr_std", "gain", "ssim", "haarpsi", "gmsd")
 SUMMARY = ("method", "decode", "prior", "psnr", "gain", "ssim", "haarpsi", "gmsd")
-INTRODUCTION = """## UniLDiff: `python dev bench unildiff`
+INTRODUCTION = """## UniLDiff: `python dev bench unildiff --prior {prior}`
 
 A small-scale reproduction on the lab prior (lab/README.md). One set of weights for {tasks}. Fusion and the adapter: {fusion_steps} steps of
-{fusion_batch} crops of {fusion_crop} px, sampled from pure noise in {sampling} Euler steps without a prompt. Detail experts, and what they are compared
-with: {expert_steps} steps of {expert_batch} crops of {expert_crop} px. Four scenes, {seeds} seed(s); PSNR in dB, GMSD is better when smaller. The column
-gain is PSNR less that of the plain decode of the same latents. Latents "of the clean picture" are what no restorer can do better than: the plain decode
-of them is the ceiling that the VAE sets to all others. LD-RPS runs with the recipes of `python dev bench ld_rps`, which were chosen on these photographs.
+{fusion_batch} crops of {fusion_crop} px, sampled from pure noise in {sampling} Euler steps without a prompt. Detail experts are those that come with the
+pack; what others reach with their budget, who of them works where and what they cost print `python dev bench detail_experts` and its option `--alone`.
+Four scenes, seeds as named; PSNR in dB, GMSD is better when smaller. The column gain is PSNR less that of the plain decode of the same
+latents. Latents "of the clean picture" are what no restorer can do better than: the plain decode of them is the ceiling that the VAE sets to all others.
+LD-RPS runs with the recipes of `python dev bench ld_rps`, which were chosen on these photographs.
 """
 
 
@@ -36,7 +36,8 @@ def expert_rows(options: argparse.Namespace, results: report.Results, trainee: d
         found = _with_prior("none", detail_experts.rows(results, models, trainee, "of the clean picture", clean, options.scenes, options.seeds))
         for kind in options.prior:
             zero_shot = detail_experts.zero_shot_latents(kind)
-            found += _with_prior(kind, detail_experts.rows(results, models, trainee, f"LD-RPS, {kind}", zero_shot, options.scenes, options.seeds,
+            # Half a minute a sampling: one seed.
+            found += _with_prior(kind, detail_experts.rows(results, models, trainee, f"LD-RPS, {kind}", zero_shot, options.scenes, options.seeds[:1],
                                                            detail_experts.zero_shot_digest()))
     for kind, lab in labs.items():
         restorer = lab.trained(fusion.Run(kind, fusion.DAFF))
@@ -63,19 +64,22 @@ def averages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def measured(options: argparse.Namespace, results: report.Results) -> list[dict[str, Any]]:
     """All rows of a full run, training what is needed."""
-    models = detail_experts.lab_models()
     labs = {kind: fusion.FusionLab(kind, options.steps) for kind in options.prior}
     rows: list[dict[str, Any]] = []
     for lab in labs.values():
         rows += fusion.rows(lab, results, options.scenes, options.seeds)
-    trainee = detail_experts.trained(EXPERTS, models, options.expert_steps)
-    rows += expert_rows(options, results, trainee, labs)
-    rows += detail_experts.alone_rows(results, models, options.expert_steps, options.scenes, options.seeds)
+    rows += expert_rows(options, results, detail_experts.committed(detail_experts.lab_models()), labs)
     if options.publish:
-        detail_experts.publish(trainee)
         for kind, lab in labs.items():
             fusion.publish(lab, fusion.Run(kind, fusion.DAFF))
     return _distinct(rows)
+
+
+def train_only(options: argparse.Namespace) -> None:
+    """Train single methods; a later run finds them trained."""
+    for kind in options.prior:
+        for method in options.train:
+            fusion.FusionLab(kind, options.steps).trained(fusion.Run(kind, method))
 
 
 def quick(options: argparse.Namespace, results: report.Results) -> list[dict[str, Any]]:
@@ -87,14 +91,9 @@ def quick(options: argparse.Namespace, results: report.Results) -> list[dict[str
         return _with_prior("none", detail_experts.rows(results, models, trainee, "of the clean picture", latents, options.scenes, options.seeds))
 
 
-def tables(rows: list[dict[str, Any]], use: list[dict[str, Any]], costs: list[dict[str, Any]]) -> list[str]:
+def tables(rows: list[dict[str, Any]]) -> list[str]:
     """Everything as Markdown."""
-    parts = ["Means over tasks:\n", report.markdown(averages(rows), SUMMARY), "Task by task:\n", report.markdown(rows, COLUMNS),
-             "Which expert worked on how much of the pictures, on latents of the clean photographs:\n", detail_experts.shares_table(use)]
-    if costs:
-        parts += [f"One decode at the size of SD's AutoencoderKL, random weights, {detail_experts.COST_SIDE} px, one processor core:\n",
-                  detail_experts.cost_table(costs)]
-    return parts
+    return ["Means over tasks:\n", report.markdown(averages(rows), SUMMARY), "Task by task:\n", report.markdown(rows, COLUMNS)]
 
 
 def _with_prior(prior: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,10 +110,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the committed experts on coffee, one seed, without any training")
     parser.add_argument("--prior", nargs="+", default=["unet", "dit"], choices=["unet", "dit"])
     parser.add_argument("--steps", type=int, default=fusion.STEPS, help="of training, for fusion and adapter")
-    parser.add_argument("--expert-steps", type=int, default=detail_experts.STEPS, help="of training, for experts and what they are compared with")
+    parser.add_argument("--train", nargs="+", choices=fusion.METHODS, help="train these only, to share the work among processes")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--scenes", nargs="+", default=list(SCENES), choices=list(SCENES))
-    parser.add_argument("--publish", action="store_true", help="store the trained weights in lab/trained")
+    parser.add_argument("--publish", action="store_true", help="store the trained fusion in lab/trained")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     options.seeds, options.scenes = SEEDS[:options.seeds], tuple(options.scenes)
@@ -126,18 +125,16 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     """Train, evaluate, print, and write the evidence of a full run."""
     options = _options()
+    if options.train:
+        train_only(options)
+        return
     results = report.Results(report.results_file("unildiff"))
     rows = quick(options, results) if options.quick else measured(options, results)
-    models = detail_experts.lab_models()
-    trainee = detail_experts.committed(models) if options.quick else detail_experts.trained(EXPERTS, models, options.expert_steps)
-    with detail_experts.attached(trainee, models):
-        use = detail_experts.shares(trainee, models, options.scenes)
-    parts = tables(rows, use, [] if options.quick else detail_experts.cost_rows())
+    parts = tables(rows)
     report.say("\n".join(parts))
     if not options.quick:
-        introduction = INTRODUCTION.format(
-            tasks=", ".join(fusion.TASKS), fusion_steps=options.steps, fusion_batch=fusion.BATCH, fusion_crop=fusion.CROP, sampling=fusion.SAMPLING_STEPS,
-            expert_steps=options.expert_steps, expert_batch=detail_experts.BATCH, expert_crop=detail_experts.CROP, seeds=len(options.seeds))  # fmt: skip
+        introduction = INTRODUCTION.format(prior=" ".join(options.prior), tasks=", ".join(fusion.TASKS), fusion_steps=options.steps,
+                                           fusion_batch=fusion.BATCH, fusion_crop=fusion.CROP, sampling=fusion.SAMPLING_STEPS)
         report.write_section("unildiff", "\n".join([introduction, *parts]))
     if options.json:
         report.say(json.dumps({"rows": rows}))

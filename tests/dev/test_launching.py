@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from mend.dev import launching, workspace
+from mend.dev import cache, launching, workspace
 from mend.dev.commands import split_at_dashes
 from mend.dev.console import DevError
 from mend.dev.environment import ensure_environment
@@ -33,6 +34,15 @@ def test_exec_passes_on_exit_code_arguments_and_folder(tmp_path):
     )
     assert done.returncode == 7
     assert done.stdout.strip() == f"{tmp_path} ['--host', 'x', '--']"
+
+
+@pytest.mark.skipif(not HOST.is_relative_to(cache.home()), reason="the host is the user's own: nothing is set up")
+def test_a_second_start_adds_under_five_seconds():
+    variables = {name: value for name, value in os.environ.items() if name not in ("COMFYUI_PATH", "COMFYUI_PYTHON")}
+    begun = time.monotonic()
+    done = dev("exec", "--", "python", "-c", "import sys; print(sys.prefix)", env=variables)
+    assert time.monotonic() - begun < 5
+    assert Path(done.stdout.strip()).is_relative_to(cache.home())
 
 
 @pytest.mark.skipif(

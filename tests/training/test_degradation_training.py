@@ -23,12 +23,13 @@ from mend.training.degradation_model import (
     FLOOR,
     GATE_RATE,
     LITTLE,
+    MOST,
     OTHER,
     DegradationTrainee,
     ResidualDenoising,
     damage_weights,
 )
-from mend.training.denoising import Denoising
+from mend.training.denoising import ALONE, Denoising
 from mend.training.kinds import KINDS
 from mend.training.loop import describe_run, train
 from mend.training.pairs import Pairs
@@ -223,7 +224,23 @@ def test_errors_of_the_residual_count_alike_unless_little_noise_is_left(family, 
     z0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(denoising, "x0", lambda *_: z0 + 1)
     found = denoising.error(z0, sigma, z0, [""] * 3, {})
-    torch.testing.assert_close(found.amax((1, 2, 3)), torch.tensor([1.0, 1.0, float(LITTLE / share[2])]))
+    # x0 of an eps model is sigma times as far off as its output.
+    most = 1.0 if family == "sd3" else float(MOST / sigma[0])
+    assert family == "sd3" or sigma[0] > MOST > sigma[1]
+    torch.testing.assert_close(found.amax((1, 2, 3)), torch.tensor([most, 1.0, float(LITTLE / share[2])]))
+
+
+@pytest.mark.parametrize("family, much, little", [("sd15", 3.0, 0.9), ("sd3", 0.75, 0.45)])
+def test_much_noise_is_shown_alone_half_of_the_time(family, much, little):
+    given = tiny_training.models(family)
+    denoising = ResidualDenoising(given, for_training(given.model))
+    z0 = torch.ones(400, 4, 2, 2)
+    for sigma, share in ((much, ALONE), (little, 0.0)):
+        shown, hidden = (denoising.noised(z, torch.full((400,), sigma), tiny_training.generators(400)) for z in (z0, 0 * z0))
+        alone = (shown == hidden).flatten(1).all(1)
+        assert float(alone.float().mean()) == pytest.approx(share, abs=0.08 if share else 0.0)
+        kept = 1 - sigma if family == "sd3" else 1.0
+        torch.testing.assert_close((shown - hidden)[~alone], kept * z0[~alone])
 
 
 def test_flows_see_full_noise_as_often_as_they_need():

@@ -35,7 +35,7 @@ from ..model_patches.host import sample_with as host_sample
 from ..model_patches.irb import SIZES
 from ..model_patches.weights_file import Weights, load_weights, part_of
 from ..samplers.degradation_space import DegradationSpaceSampler
-from .denoising import DenoisingFromNoise
+from .denoising import Denoising, DenoisingFromNoise
 from .seeding import generator
 from .trainee import NODE, Batch, Models
 
@@ -107,6 +107,8 @@ class DegradationTrainee:
         ValueError: when a model is missing or the weights do not fit it.
     """
 
+    OBJECTIVE: type[Denoising] = ResidualDenoising
+
     def __init__(self, weights: Weights, models: Models) -> None:
         models.require_all(NODE, "A degradation model")
         self.plan = check_fit(weights, models.model.model, NODE)
@@ -146,7 +148,7 @@ class DegradationTrainee:
         self.residuals = Residuals(self.config["form"], models.vae, models.model.model)
         patched = for_training(models.model)
         DegradationPatch(self.network, self.plan, self.condition).attach(patched)
-        self.denoising = ResidualDenoising(models, patched)
+        self.denoising = self.OBJECTIVE(models, patched)
         self.encoder.to(patched.load_device)
         with self.denoising.learning(self.network, self.change):
             yield

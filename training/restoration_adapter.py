@@ -52,7 +52,7 @@ class RestorationAdapterTrainee:
     """
 
     PREFIX = ADAPTER
-    OBJECTIVE = Denoising
+    OBJECTIVE: type[Denoising] = Denoising
 
     def __init__(self, weights: Weights, models: Models) -> None:
         models.require_all(NODE, "A restoration adapter")

@@ -30,7 +30,8 @@ from ...model_patches.degradation_tokenizer import SIZES, check_fit  # noqa: E40
 from ...model_patches.host import gradients, weights_fingerprint  # noqa: E402
 from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
-from ...training.degradation_model import DegradationTrainee  # noqa: E402
+from ...training.degradation_model import DegradationTrainee, ResidualDenoising  # noqa: E402
+from ...training.denoising import Denoising  # noqa: E402
 from ...training.loop import describe_run, train  # noqa: E402
 from ...training.settings import Settings  # noqa: E402
 from ...training.sources import good_folder  # noqa: E402
@@ -52,13 +53,15 @@ CHART = 11
 CONFIDENCE = 0.5
 LATENT, PIXEL, IMAGE = "degradation space, latent form", "degradation space, pixel form", "image space"
 WORDS, DEGRADED, CONCATENATION = "text words instead of a chart", "no null subtraction", "concatenation instead of IRB"
+SHOWN = "damage always shown under the noise"
 # What is changed from the model of the latent form; all are trained alike.
 METHODS: dict[str, dict[str, str]] = {
     LATENT: {"form": "latent"}, PIXEL: {"form": "pixel"}, IMAGE: {"form": "picture"}, WORDS: {"form": "latent", "instruction": "words"},
-    DEGRADED: {"form": "latent", "instruction": "degraded"}, CONCATENATION: {"form": "latent", "bridge": "concatenation"},
+    DEGRADED: {"form": "latent", "instruction": "degraded"}, CONCATENATION: {"form": "latent", "bridge": "concatenation"}, SHOWN: {"form": "latent"},
 }
 # What the command line calls them.
-NAMES = {"latent": LATENT, "pixel": PIXEL, "image": IMAGE, "words": WORDS, "degraded": DEGRADED, "concatenation": CONCATENATION}
+NAMES = {"latent": LATENT, "pixel": PIXEL, "image": IMAGE, "words": WORDS, "degraded": DEGRADED, "concatenation": CONCATENATION,
+         "shown": SHOWN}
 TOLD_NOTHING, BLIND = "told of nothing", "blind estimate"
 # Transformers have no first convolution to widen. Those that are told of nothing, and of the wrong thing.
 ON_DIT, MISTAKEN = tuple(method for method in METHODS if method != CONCATENATION), (LATENT, PIXEL, IMAGE)
@@ -99,6 +102,18 @@ class Run:
         return f"{self.prior} {self.method} {self.steps}".replace(",", "")
 
 
+class Shown(ResidualDenoising):
+    """As usual: the residual is there under any noise."""
+
+    noised = Denoising.noised
+
+
+class ShownTrainee(DegradationTrainee):
+    """Never sees noise alone in training."""
+
+    OBJECTIVE = Shown
+
+
 class Lab:
     """A prior, a tokenizer, and what was trained on them, one thing at a time."""
 
@@ -119,7 +134,7 @@ class Lab:
         """What a run starts from."""
         variant = dict(METHODS[run.method])
         weights = new_weights(self.models.model.model, self.codes, variant.pop("form"), "small", RANK, 0, **variant)
-        return DegradationTrainee(weights, self.models)
+        return (ShownTrainee if run.method == SHOWN else DegradationTrainee)(weights, self.models)
 
     def trained(self, run: Run) -> DegradationTrainee:
         """Train, or go on, or take what an earlier run trained."""
@@ -224,8 +239,8 @@ class Table:
                  given: dict[str, Weights] | None = None) -> None:
         self.lab, self.options, self.results, self.estimator, self.given = lab, options, results, estimator, given or {}
 
-    def row(self, method: str, degradation: str, way: Way = Way(), label: str = "", seeds: tuple[int, ...] = ()) -> dict[str, Any]:
-        """One row, over the command's seeds unless others are named."""
+    def row(self, method: str, degradation: str, way: Way = Way(), label: str = "", seeds: tuple[int, ...] = ()) -> dict[str, Any] | None:
+        """One row, over the command's seeds unless others are named; None where it is not to be measured and is not there."""
         run = Run(self.lab.prior, method, self.options.steps)
         options = argparse.Namespace(scenes=self.options.scenes, seeds=seeds or self.options.seeds)
 
@@ -238,7 +253,11 @@ class Table:
         name = f"{run.prior} {_digest(self.given[method])}" if method in self.given else run.name
         blind = [_digest(self.estimator)] if way.told == "blind" else []
         key = "|".join([name, degradation, str(way), str(options.scenes), str(options.seeds), *blind])
-        return {"method": method + (f", {label}" if label else ""), "degradation": degradation, "prior": self.lab.prior, **self.results.get(key, make)}
+        try:
+            found = self.results.get(key, make)
+        except report.NotMeasured:
+            return None
+        return {"method": method + (f", {label}" if label else ""), "degradation": degradation, "prior": self.lab.prior, **found}
 
     def methods(self) -> list[str]:
         """What is measured, as the table has it from top to bottom."""
@@ -256,15 +275,15 @@ class Table:
                 rows += self._mistaken(method)
             if method == LATENT:
                 rows += self._uses(method)
-        return rows
+        return [row for row in rows if row is not None]
 
-    def _mistaken(self, method: str) -> list[dict[str, Any]]:
+    def _mistaken(self, method: str) -> list[dict[str, Any] | None]:
         """What a model does when it is told of nothing, and of damage that the picture has not. One seed tells."""
         one = self.options.seeds[:1]
         return [*(self.row(method, name, Way("null"), TOLD_NOTHING, one) for name in TASKS),
                 *(self.row(method, name, Way(_other(name)), f"told of {_other(name)}", one) for name in TASKS)]
 
-    def _uses(self, method: str) -> list[dict[str, Any]]:
+    def _uses(self, method: str) -> list[dict[str, Any] | None]:
         """Composite damage, blind restoration, and, of the pack's own weights, what more or less computing gives."""
         rows = [self.row(method, COMPOSITE, Way(told), f"told of {told}") for told in (COMPOSITE, "haze", "noise 25")]
         if self.estimator is not None:
@@ -355,10 +374,13 @@ much nothing was done. The gain is over the damaged picture.
 
 def evidence(own: list[dict[str, Any]], prior: str, options: argparse.Namespace) -> str:
     """A prior's section: what was asked, means, and every row."""
+    missing = [method for method in (METHODS if prior == "unet" else ON_DIT) if method not in {row["method"] for row in own}]
     introduction = INTRODUCTION.format(prior=prior, tasks=", ".join(TASKS), steps=options.steps, batch=BATCH, crop=CROP, rate=RATE, rank=RANK,
                                        sampling=SAMPLING_STEPS)
     if given := published(prior) if options.steps == STEPS else {}:
         introduction += f"The weights that come with the pack stand for {', '.join(given)}; they learned as long, and are in half precision.\n"
+    if missing:
+        introduction += f"Not measured yet: {'; '.join(missing)}.\n"
     means = report.markdown(averages(own), MEANS)
     return "\n".join([introduction, *asked(own), "", "Means over the seven tasks:", "", means, "Task by task:", "", report.markdown(own, COLUMNS)])
 
@@ -378,7 +400,7 @@ def averages(own: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def asked(own: list[dict[str, Any]]) -> list[str]:
     """What was expected of the method beside what was found, one line each; only what the rows can answer."""
     psnr = {(row["method"], row["degradation"]): row["psnr"] for row in own}
-    methods = {row["method"] for row in own}
+    methods = {method for method, _ in psnr if all((method, name) in psnr for name in TASKS)}
     lines = [
         "- Over the damaged picture, 3 dB expected: " + ", ".join(
             f"{name} {psnr[LATENT, name] - psnr['degraded', name]:+.1f}" for name in ("noise 50", "haze", "low light")) + ".",
@@ -423,6 +445,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of every run")
     parser.add_argument("--published", action="store_true", help="measure the weights that come with the pack; nothing is trained")
+    parser.add_argument("--measured", action="store_true", help="write the evidence of what is measured already, and measure nothing")
     parser.add_argument("--forms", nargs="+", choices=list(NAMES), metavar="FORM",
                         help=f"train and measure these only, without writing evidence, to share the work among processes: {', '.join(NAMES)}")
     parser.add_argument("--publish", nargs="+", choices=list(FORMS), metavar="FORM",
@@ -436,7 +459,7 @@ def main() -> None:
     options.published |= options.quick
     options.scenes, options.seeds = (("coffee",), SEEDS[:1]) if options.quick else (tuple(SCENES), SEEDS[:options.seeds])
     writes = not (options.quick or options.forms)
-    results = report.Results(_results_file(options))
+    results = report.Results(_results_file(options), measure=not options.measured)
     rows = ceiling_rows(load_lab_prior(options.prior[0])[2], options, results)
     report.say(report.markdown(rows, oracle.COLUMNS))
     if writes:
@@ -450,6 +473,8 @@ def main() -> None:
         report.say("\n".join([*asked(own), report.markdown(averages(own), MEANS), report.markdown(own, COLUMNS)]))
         if writes:
             report.write_section(f"degradation_space {prior}", evidence(own, prior, options))
+    if writes:
+        report.keep_rows(results)
     if options.json:
         report.say(json.dumps({"rows": rows}))
 

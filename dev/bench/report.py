@@ -5,12 +5,15 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 PACK = Path(__file__).parents[2]
 EVIDENCE = PACK / "docs" / "evidence.md"
+# The rows behind the evidence of benches that take many hours: a machine that never measured them need not start again to add one.
+MEASURED = PACK / "docs" / "measured"
 TITLE = "# Evidence\n\nEach section is written by the command that it names; do not edit.\n"
 ROOMS = ("samplers", "model_patches", "degradations", "training", "lab")
 BENCH_FILES = ("scenes.py", "classical.py", "zero_shot.py", "kept_run.py")
@@ -50,7 +53,22 @@ class Results:
 def results_file(bench: str) -> Path:
     """Where a measurement keeps its rows: one file for each state of the code and of the lab's weights."""
     home = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
-    return home / "bench" / f"{bench}-{fingerprint()}.jsonl"
+    file = home / "bench" / f"{bench}-{fingerprint()}.jsonl"
+    committed = MEASURED / file.name
+    if committed.exists() and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(committed, file)
+    return file
+
+
+def keep_rows(results: Results) -> None:
+    """Put a measurement's rows where they can be committed, in the place of those of earlier code."""
+    MEASURED.mkdir(exist_ok=True)
+    bench = results.file.name.rpartition("-")[0]
+    for earlier in MEASURED.glob(f"{bench}-*.jsonl"):
+        if earlier.name.rpartition("-")[0] == bench:
+            earlier.unlink()
+    shutil.copyfile(results.file, MEASURED / results.file.name)
 
 
 def fingerprint() -> str:

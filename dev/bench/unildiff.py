@@ -136,6 +136,7 @@ def main() -> None:
         introduction = INTRODUCTION.format(prior=" ".join(options.prior), tasks=", ".join(fusion.TASKS), fusion_steps=options.steps,
                                            fusion_batch=fusion.BATCH, fusion_crop=fusion.CROP, sampling=fusion.SAMPLING_STEPS)
         report.write_section("unildiff", "\n".join([introduction, *parts]))
+        report.keep_rows(results)
     if options.json:
         report.say(json.dumps({"rows": rows}))
 

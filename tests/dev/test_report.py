@@ -1,0 +1,47 @@
+"""Rows of a measurement outlive the machine that measured them."""
+
+import pytest
+
+from mend.dev.bench import report
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A cache and a checkout of the test's own; returns a function that forgets the cache."""
+    monkeypatch.setattr(report, "MEASURED", tmp_path / "docs" / "measured")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setenv("MEND_HOME", str(tmp_path / "first"))
+    return lambda: monkeypatch.setenv("MEND_HOME", str(tmp_path / "second"))
+
+
+def measured(bench="space", measure=True):
+    return report.Results(report.results_file(bench), measure)
+
+
+def test_kept_rows_are_known_on_another_machine(places):
+    first = measured()
+    first.get("a", lambda: {"psnr": 20.0})
+    report.keep_rows(first)
+    places()
+    assert measured(measure=False).get("a", dict)["psnr"] == 20.0
+    with pytest.raises(report.NotMeasured):
+        measured(measure=False).get("b", dict)
+
+
+def test_rows_of_earlier_code_and_no_others_make_room(places):
+    results = measured()
+    results.get("a", lambda: {"psnr": 20.0})
+    report.MEASURED.mkdir()
+    others = [report.MEASURED / name for name in ("space-other-000000000000.jsonl", "adapter-000000000000.jsonl")]
+    for file in (*others, report.MEASURED / "space-000000000000.jsonl"):
+        file.write_text("")
+    report.keep_rows(results)
+    assert sorted(report.MEASURED.iterdir()) == sorted([*others, report.MEASURED / results.file.name])
+
+
+def test_a_machines_own_rows_come_first(places):
+    results = measured()
+    results.get("a", lambda: {"psnr": 20.0})
+    report.keep_rows(results)
+    results.get("b", lambda: {"psnr": 21.0})
+    assert set(measured(measure=False).rows) == {"a", "b"}

@@ -377,8 +377,6 @@ def evidence(own: list[dict[str, Any]], prior: str, options: argparse.Namespace)
     missing = [method for method in (METHODS if prior == "unet" else ON_DIT) if method not in {row["method"] for row in own}]
     introduction = INTRODUCTION.format(prior=prior, tasks=", ".join(TASKS), steps=options.steps, batch=BATCH, crop=CROP, rate=RATE, rank=RANK,
                                        sampling=SAMPLING_STEPS)
-    if given := published(prior) if options.steps == STEPS else {}:
-        introduction += f"The weights that come with the pack stand for {', '.join(given)}; they learned as long, and are in half precision.\n"
     if missing:
         introduction += f"Not measured yet: {'; '.join(missing)}.\n"
     means = report.markdown(averages(own), MEANS)
@@ -444,7 +442,7 @@ def main() -> None:
     parser.add_argument("--prior", nargs="+", default=["unet", "dit"], choices=["unet", "dit"])
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of every run")
-    parser.add_argument("--published", action="store_true", help="measure the weights that come with the pack; nothing is trained")
+    parser.add_argument("--published", action="store_true", help="measure the weights that come with the pack, without writing evidence; nothing is trained")
     parser.add_argument("--measured", action="store_true", help="write the evidence of what is measured already, and measure nothing")
     parser.add_argument("--forms", nargs="+", choices=list(NAMES), metavar="FORM",
                         help=f"train and measure these only, without writing evidence, to share the work among processes: {', '.join(NAMES)}")
@@ -458,14 +456,14 @@ def main() -> None:
         return
     options.published |= options.quick
     options.scenes, options.seeds = (("coffee",), SEEDS[:1]) if options.quick else (tuple(SCENES), SEEDS[:options.seeds])
-    writes = not (options.quick or options.forms)
+    writes = not (options.published or options.forms)
     results = report.Results(_results_file(options), measure=not options.measured)
     rows = ceiling_rows(load_lab_prior(options.prior[0])[2], options, results)
     report.say(report.markdown(rows, oracle.COLUMNS))
     if writes:
         report.write_section("degradation_space ceilings", "\n".join([CEILINGS, report.markdown(rows, oracle.COLUMNS)]))
     for prior in [] if options.ceilings else options.prior:
-        given = published(prior) if options.steps == STEPS else {}
+        given = published(prior) if options.published else {}
         if options.published and not given:
             continue
         own = Table(Lab(prior, tokenizer_weights()), options, results, estimator_weights(), given).rows()

@@ -128,7 +128,7 @@ class Denoising:
 
 
 class DenoisingFromNoise(Denoising):
-    """For what is sampled from noise alone, where all that is known comes with the condition.
+    """For what is sampled from noise alone and comes nearly all from the condition.
 
     Smooth things, such as haze or how bright a picture is, are decided near full noise, where a flow's logit-normal times hardly ever come.
     And they show through all the noise that an eps model knows, and through most of a flow's: a model that has always found them there

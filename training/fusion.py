@@ -22,7 +22,6 @@ from ..model_patches.lq_condition import FeatureCondition, LatentCondition
 from ..model_patches.lq_encoder import LQEncoder, check_vae, frozen_features
 from ..model_patches.robust_encoder import ENCODER
 from ..model_patches.weights_file import Weights, load_weights
-from .denoising import DenoisingFromNoise
 from .restoration_adapter import RestorationAdapterTrainee
 from .trainee import NODE, Batch, Models
 
@@ -70,7 +69,6 @@ class FusionTrainee(RestorationAdapterTrainee):
     """
 
     PREFIX = FUSION
-    OBJECTIVE = DenoisingFromNoise
 
     def __init__(self, weights: Weights, models: Models) -> None:
         models.require_all(NODE, "A fusion")

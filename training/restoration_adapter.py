@@ -52,7 +52,6 @@ class RestorationAdapterTrainee:
     """
 
     PREFIX = ADAPTER
-    OBJECTIVE: type[Denoising] = Denoising
 
     def __init__(self, weights: Weights, models: Models) -> None:
         models.require_all(NODE, "A restoration adapter")
@@ -76,7 +75,7 @@ class RestorationAdapterTrainee:
         """Hang them on the model; the degraded latents come with each evaluation."""
         self.models = models
         self.condition = LatentCondition("mend_training", torch.empty(0), None, NODE)
-        self.denoising = self.OBJECTIVE(models, self._conditioned(self.condition))
+        self.denoising = Denoising(models, self._conditioned(self.condition))
         if self.encoder is not None:
             self.encoder.module.to(models.vae.device)
         with self.denoising.learning(self.network, self.lora):

@@ -26,7 +26,7 @@ from ...lab.photographs import evaluation_photograph  # noqa: E402
 from ...model_patches.encoder_features import feature_channels, feature_vae  # noqa: E402
 from ...model_patches.fusion_patch import grown, new_fusion  # noqa: E402
 from ...model_patches.host import weights_fingerprint  # noqa: E402
-from ...model_patches.weights_file import Weights, save_weights  # noqa: E402
+from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.fusion import FusionTrainee  # noqa: E402
 from ...training.loop import describe_run, train  # noqa: E402
@@ -169,6 +169,23 @@ def rows(lab: FusionLab, results: report.Results, scenes: Sequence[str] = tuple(
             for task in tasks:
                 row = _row(results, lab, method, task, scenes, seeds, run, lambda picture, seed: restored(lab, trainee, picture, seed), count)
                 found.append(row)
+    return found
+
+
+def committed_rows(lab: FusionLab, results: report.Results, scenes: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The pack's own fusion for this prior, which learned for longer; none where there is no file."""
+    file = TRAINED / f"fusion_{lab.kind}.safetensors"
+    if not file.exists():
+        return []
+    stored, digest = load_weights(file), hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    tensors = {name: tensor.float() for name, tensor in stored.tensors.items()}
+    trainee = lab.trainee(Run(lab.kind, DAFF), Weights(stored.kind, stored.family, stored.config, tensors, file.name))
+    found = []
+    with attached(lab, trainee):
+        for task in TASKS:
+            row = results.get("|".join([file.name, digest, task, ",".join(scenes), str(tuple(seeds)), recipes_digest()]),
+                              lambda: evaluated(lambda picture, seed: restored(lab, trainee, picture, seed), task, scenes, seeds))
+            found.append({"method": f"{DAFF}, the file {file.stem}", "task": task, "prior": lab.kind, **row})
     return found
 
 

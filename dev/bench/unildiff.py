@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from typing import Any
 
 from . import detail_experts, fusion, report
@@ -40,8 +41,8 @@ def expert_rows(options: argparse.Namespace, results: report.Results, trainee: d
             found += _with_prior(kind, detail_experts.rows(results, models, trainee, f"LD-RPS, {kind}", zero_shot, options.scenes, options.seeds[:1],
                                                            detail_experts.zero_shot_digest()))
     for kind, lab in labs.items():
-        restorer = lab.trained(fusion.Run(kind, fusion.DAFF))
-        with fusion.attached(lab, restorer), detail_experts.attached(trainee, models):
+        restorer = lab.trained(fusion.Run(kind, fusion.DAFF)) if results.measure else None
+        with fusion.attached(lab, restorer) if restorer else nullcontext(), detail_experts.attached(trainee, models):
             def sampled(picture: Any, seed: int, lab: Any = lab, restorer: Any = restorer) -> Any:
                 return fusion.sampled(lab, restorer, picture, seed)
 
@@ -68,6 +69,7 @@ def measured(options: argparse.Namespace, results: report.Results) -> list[dict[
     rows: list[dict[str, Any]] = []
     for lab in labs.values():
         rows += fusion.rows(lab, results, options.scenes, options.seeds)
+        rows += fusion.committed_rows(lab, results, options.scenes, options.seeds)
     rows += expert_rows(options, results, detail_experts.committed(detail_experts.lab_models()), labs)
     if options.publish:
         for kind, lab in labs.items():
@@ -110,6 +112,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the committed experts on coffee, one seed, without any training")
     parser.add_argument("--prior", nargs="+", default=["unet", "dit"], choices=["unet", "dit"])
     parser.add_argument("--steps", type=int, default=fusion.STEPS, help="of training, for fusion and adapter")
+    parser.add_argument("--measured", action="store_true", help="write the evidence of what is measured already, and measure nothing")
     parser.add_argument("--train", nargs="+", choices=fusion.METHODS, help="train these only, to share the work among processes")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--scenes", nargs="+", default=list(SCENES), choices=list(SCENES))
@@ -128,7 +131,7 @@ def main() -> None:
     if options.train:
         train_only(options)
         return
-    results = report.Results(report.results_file("unildiff"))
+    results = report.Results(report.results_file("unildiff"), measure=not options.measured)
     rows = quick(options, results) if options.quick else measured(options, results)
     parts = tables(rows)
     report.say("\n".join(parts))

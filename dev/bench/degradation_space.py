@@ -372,7 +372,7 @@ much nothing was done. The gain is over the damaged picture.
 """
 
 
-def evidence(own: list[dict[str, Any]], prior: str, options: argparse.Namespace) -> str:
+def evidence(own: list[dict[str, Any]], prior: str, options: argparse.Namespace, better: dict[str, str]) -> str:
     """A prior's section: what was asked, means, and every row."""
     missing = [method for method in (METHODS if prior == "unet" else ON_DIT) if method not in {row["method"] for row in own}]
     introduction = INTRODUCTION.format(prior=prior, tasks=", ".join(TASKS), steps=options.steps, batch=BATCH, crop=CROP, rate=RATE, rank=RANK,
@@ -380,7 +380,7 @@ def evidence(own: list[dict[str, Any]], prior: str, options: argparse.Namespace)
     if missing:
         introduction += f"Not measured yet: {'; '.join(missing)}.\n"
     means = report.markdown(averages(own), MEANS)
-    return "\n".join([introduction, *asked(own), "", "Means over the seven tasks:", "", means, "Task by task:", "", report.markdown(own, COLUMNS)])
+    return "\n".join([introduction, *asked(own, better), "", "Means over the seven tasks:", "", means, "Task by task:", "", report.markdown(own, COLUMNS)])
 
 
 def averages(own: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -395,8 +395,13 @@ def averages(own: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def asked(own: list[dict[str, Any]]) -> list[str]:
-    """What was expected of the method beside what was found, one line each; only what the rows can answer."""
+def asked(own: list[dict[str, Any]], better: dict[str, str]) -> list[str]:
+    """What was expected of the method beside what was found, one line each; only what the rows can answer.
+
+    Args:
+        own: rows.
+        better: by degradation, the form ("latent", "pixel") whose ceiling is higher.
+    """
     psnr = {(row["method"], row["degradation"]): row["psnr"] for row in own}
     methods = {method for method, _ in psnr if all((method, name) in psnr for name in TASKS)}
     lines = [
@@ -404,9 +409,13 @@ def asked(own: list[dict[str, Any]]) -> list[str]:
             f"{name} {psnr[LATENT, name] - psnr['degraded', name]:+.1f}" for name in ("noise 50", "haze", "low light")) + ".",
     ] if LATENT in methods else []  # fmt: skip
     if {LATENT, IMAGE} <= methods:
-        better = {name: psnr[LATENT, name] - psnr[IMAGE, name] for name in TASKS}
-        lines.append(f"- Latent form over image space, 1.5 dB expected in the mean: {sum(better.values()) / len(TASKS):+.1f} ("
-                     + ", ".join(f"{name} {value:+.1f}" for name, value in better.items()) + ").")
+        over = {name: psnr[LATENT, name] - psnr[IMAGE, name] for name in TASKS}
+        lines.append(f"- Latent form over image space, 1.5 dB expected in the mean: {sum(over.values()) / len(TASKS):+.2f} ("
+                     + ", ".join(f"{name} {value:+.1f}" for name, value in over.items()) + ").")
+    if {LATENT, PIXEL, IMAGE} <= methods:
+        chosen = {name: psnr[FORMS[better[name]], name] - psnr[IMAGE, name] for name in TASKS}
+        lines.append("- For each damage the form whose ceiling is higher, over image space, 1.5 dB expected in the mean: "
+                     f"{sum(chosen.values()) / len(TASKS):+.2f} (" + ", ".join(f"{name} {better[name]} {value:+.1f}" for name, value in chosen.items()) + ").")
     for method, to in ((LATENT, "to_encoded_input"), (PIXEL, "to_input"), (IMAGE, "to_encoded_input")):
         rows = [row for row in own if row["method"].startswith(f"{method}, told of") and row["degradation"] in TASKS]
         for label in (TOLD_NOTHING, "the wrong damage"):
@@ -459,6 +468,7 @@ def main() -> None:
     writes = not (options.published or options.forms)
     results = report.Results(_results_file(options), measure=not options.measured)
     rows = ceiling_rows(load_lab_prior(options.prior[0])[2], options, results)
+    better = {row["degradation"]: row["better"] for row in rows}
     report.say(report.markdown(rows, oracle.COLUMNS))
     if writes:
         report.write_section("degradation_space ceilings", "\n".join([CEILINGS, report.markdown(rows, oracle.COLUMNS)]))
@@ -468,9 +478,9 @@ def main() -> None:
             continue
         own = Table(Lab(prior, tokenizer_weights()), options, results, estimator_weights(), given).rows()
         rows += own
-        report.say("\n".join([*asked(own), report.markdown(averages(own), MEANS), report.markdown(own, COLUMNS)]))
+        report.say("\n".join([*asked(own, better), report.markdown(averages(own), MEANS), report.markdown(own, COLUMNS)]))
         if writes:
-            report.write_section(f"degradation_space {prior}", evidence(own, prior, options))
+            report.write_section(f"degradation_space {prior}", evidence(own, prior, options, better))
     if writes:
         report.keep_rows(results)
     if options.json:

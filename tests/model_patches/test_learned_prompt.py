@@ -39,8 +39,8 @@ from mend.tests.tiny_models import latent_shape, model
 every_family = pytest.mark.parametrize("family", EVERY)
 EVERY_WAY = pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "wan"])  # SDXL is hung like SD1.5
 FEW = pytest.mark.parametrize("family", ["sd15", "flux", "wan"])
-# One number's rounding is some 1e-7; the order of sums differs, over two steps.
-ROUNDING = 1e-4
+# One number's rounding is some 1e-7 of it; the order of sums differs, over two steps, and latents of SD1.5 come to 100 here.
+ROUNDING, OF_IT = 1e-4, 1e-5
 
 
 def run(patcher, family, **settings):
@@ -206,7 +206,7 @@ def test_the_sum_is_that_of_the_banks(family):
     one, two = trained(family, seed=5), trained(family, seed=6)
     both = run(blended(base(family), [one, two], (0.7, 0.4), SUM), family)
     chained = applied(applied(base(family), one, strength=0.7), two, strength=0.4)
-    torch.testing.assert_close(both, run(chained, family), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(both, run(chained, family), rtol=OF_IT, atol=ROUNDING)
     twice = run(blended(base(family), [one, one], (0.5, 0.5), SUM), family)
     torch.testing.assert_close(twice, run(applied(base(family), one), family), rtol=0, atol=ROUNDING)
     shorter = trained(family, LENGTHS[family] - 3, seed=7)

@@ -73,7 +73,7 @@ def hooks(module):
 
 
 def slopes_and_differences(learner, given, length=2e-3):
-    """The loss's change along its own gradient and along a random way, by autograd and by central differences."""
+    """The loss's change along its own gradient and along a random way, by autograd and by central differences, and what rounding it adds to these."""
     parameters, generator, found = list(learner.parameters()), torch.Generator().manual_seed(1), []
     with gradients(), learner.attach(given):
 
@@ -93,7 +93,7 @@ def slopes_and_differences(learner, given, length=2e-3):
                     ends.append(float(loss().double()))
                 for p, step in zip(parameters, way):
                     p.add_(step, alpha=length)
-            found.append((expected, (ends[0] - ends[1]) / (2 * length)))
+            found.append((expected, (ends[0] - ends[1]) / (2 * length), abs(ends[0]) * torch.finfo(torch.float32).eps / length))
     return slopes, found
 
 
@@ -103,11 +103,11 @@ def test_gradients_equal_finite_differences(family, checkpointed):
     learner = trainee(family, given)
     if checkpointed:
         given = Models(checkpointed_blocks(given.model), given.clip, given.vae)
-    slopes, found = slopes_and_differences(learner, given, 5e-3)
+    slopes, found = slopes_and_differences(learner, given, 1e-2)
     assert all(slope.isfinite().all() and slope.any() for slope in slopes)
-    for expected, difference in found:
-        # The loss is about 1 and known to 1e-6; over 1e-2 that is 1e-4, and the curve's third order is as small.
-        assert difference == pytest.approx(expected, rel=2e-2, abs=4e-4)
+    for expected, difference, rounding in found:
+        # The curve's third order is less than 1e-2 of the slope; SD3's loss is some hundreds, of which float32 keeps 1e-7.
+        assert difference == pytest.approx(expected, rel=2e-2, abs=4e-4 + rounding)
     assert abs(found[0][0]) > 1e-2
 
 
@@ -116,8 +116,8 @@ def test_gradients_of_the_plain_form_equal_finite_differences(family):
     given = lively(family)
     slopes, found = slopes_and_differences(trainee(family, given, PLAIN), given, 5e-3)
     assert len(slopes) == 1 and abs(found[0][0]) > 1e-2
-    for expected, difference in found:
-        assert difference == pytest.approx(expected, rel=2e-2, abs=4e-4)
+    for expected, difference, rounding in found:
+        assert difference == pytest.approx(expected, rel=2e-2, abs=4e-4 + rounding)
 
 
 def test_checkpointing_changes_no_gradient_of_flux():

@@ -425,7 +425,9 @@ def asked(own: list[dict[str, Any]], better: dict[str, str]) -> list[str]:
                 lines.append(f"- {method[0].upper()}{method[1:]}, {'told of ' if label != TOLD_NOTHING else ''}{label}, {to}{wanted}: "
                              + ", ".join(f"{name} {value:.1f}" for name, value in near.items()) + ".")
     if f"{LATENT}, {BLIND}" in methods:
-        lost = {name: psnr[f"{LATENT}, {BLIND}", name] - psnr[LATENT, name] for name in TASKS}
+        true = {name: (LATENT, name) for name in TASKS} | {COMPOSITE: (f"{LATENT}, told of {COMPOSITE}", COMPOSITE)}
+        blind = {name: (f"{LATENT}, {BLIND}", name) for name in true}
+        lost = {name: psnr[blind[name]] - psnr[key] for name, key in true.items() if {key, blind[name]} <= psnr.keys()}
         lines.append("- Blind beside the true instruction, at most 1 dB less expected: " + ", ".join(f"{name} {value:+.1f}" for name, value in lost.items()) + ".")
     told = {name: psnr[f"{LATENT}, told of {name}", COMPOSITE] for name in (COMPOSITE, "haze", "noise 25") if (f"{LATENT}, told of {name}", COMPOSITE) in psnr}
     if told:

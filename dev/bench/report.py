@@ -65,7 +65,7 @@ def keep_rows(results: Results) -> None:
     """Put a measurement's rows where they can be committed, in the place of those of earlier code."""
     MEASURED.mkdir(exist_ok=True)
     bench = results.file.name.rpartition("-")[0]
-    for earlier in MEASURED.glob(f"{bench}-*.jsonl"):
+    for earlier in MEASURED.glob("*.jsonl"):
         if earlier.name.rpartition("-")[0] == bench:
             earlier.unlink()
     shutil.copyfile(results.file, MEASURED / results.file.name)

@@ -1,6 +1,7 @@
-"""The lab's two denoisers on the lab's latents, both built from the host's own network classes.
+"""The lab's denoisers, built from the host's own network classes. Each carries its own table of word vectors.
 
-unet: eps-prediction on the host's discrete schedule; dit: flow matching in the SD3 layout. Each carries its own table of word vectors.
+unet: eps-prediction on the host's discrete schedule; dit: flow matching in the SD3 layout; both on the lab's latents. pixel: flow matching on
+pixels, by a small UNet.
 """
 
 import math
@@ -21,6 +22,11 @@ UNET = {
     "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1],
     "context_dim": TEXT_WIDTH, "use_spatial_transformer": True, "use_linear_in_transformer": True, "num_head_channels": 32, "num_heads": -1,
     "adm_in_channels": None, "legacy": False, "use_checkpoint": False, "use_temporal_attention": False, "use_temporal_resblock": False,
+}
+# At full resolution, where each channel costs most, the way down has no residual block; attention begins at cells of 8 pixels.
+PIXEL = {
+    **UNET, "image_size": 256, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": [0, 1, 1, 1], "channel_mult": [1, 1, 2, 2],
+    "transformer_depth": [0, 0, 0, 1], "transformer_depth_output": [0, 0, 0, 0, 0, 1, 1],
 }
 DIT_DEPTH = 4
 DIT = {
@@ -45,13 +51,13 @@ class Words(nn.Module):
         return context, (context * known).sum(1) / known.sum(1).clamp(min=1)
 
 
-def build_unet() -> nn.ModuleDict:
-    """Return {"net": the host's UNetModel, "words": Words}, initialised."""
+def build_unet(config: dict = UNET) -> nn.ModuleDict:
+    """Return {"net": the host's UNetModel, "words": Words}, initialised; the config is UNET or PIXEL."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     torch.manual_seed(1)
-    net = UNetModel(**UNET, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    net = UNetModel(**config, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     _initialise(net)
     for name, p in net.named_parameters():
         if name.endswith(("out_layers.3.weight", "proj_out.weight", "out.2.weight", "to_out.0.weight", "ff.net.2.weight")):
@@ -70,7 +76,7 @@ def build_dit() -> nn.ModuleDict:
     for name, p in net.named_parameters():
         if "adaLN_modulation" in name or name.startswith("final_layer"):
             p.data.zero_()
-    net.pos_embed.copy_(_sincos_2d(64 * DIT_DEPTH, DIT["pos_embed_max_size"]))
+    net.pos_embed.copy_(position_codes())
     return nn.ModuleDict({"net": net, "words": _words()})
 
 
@@ -88,14 +94,32 @@ def unet_loss(model: nn.ModuleDict, z: Tensor, ids: Tensor, alphas_cumprod: Tens
     return error, error.detach()
 
 
-def dit_loss(model: nn.ModuleDict, z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean square error on the flow's velocity, with sigma logit-normal; returns (loss, the same for the log)."""
+def flow_loss(model: nn.ModuleDict, z: Tensor, ids: Tensor, pooled_too: bool) -> tuple[Tensor, Tensor]:
+    """Mean square error on the flow's velocity, with sigma logit-normal; returns (loss, the same for the log).
+
+    Args:
+        model: a net and its words.
+        z: (B, C, h, w) latents as the net sees them, or pixels in -1..1.
+        ids: (B, LENGTH) words.
+        pooled_too: whether the net takes the mean of the words, too.
+    """
     sigma = torch.sigmoid(torch.randn(len(z)) * 1.2 + 0.3).to(z).view(-1, 1, 1, 1)
     eps = torch.randn_like(z)
     context, pooled = model["words"](ids)
-    out = model["net"]((1 - sigma) * z + sigma * eps, sigma.flatten() * 1000, context=context, y=pooled, transformer_options={})
+    told = {"context": context, "transformer_options": {}} | ({"y": pooled} if pooled_too else {})
+    out = model["net"]((1 - sigma) * z + sigma * eps, sigma.flatten() * 1000, **told)
     error = (out.float() - (eps - z)).square().mean()
     return error, error.detach()
+
+
+def position_codes() -> Tensor:
+    """Return (1, tokens, width), the DiT's fixed sines and cosines, a half for each axis. Files leave them out."""
+    size, width = DIT["pos_embed_max_size"], 64 * DIT_DEPTH
+    omega = 10000 ** (-torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(size)[:, None] * omega
+    code = torch.cat([angle.sin(), angle.cos()], 1)
+    rows, columns = code[:, None].expand(-1, size, -1), code[None].expand(size, -1, -1)
+    return torch.cat([columns, rows], -1).reshape(1, size * size, width)
 
 
 def sd_alphas_cumprod() -> Tensor:
@@ -138,12 +162,3 @@ def _initialise(net: nn.Module) -> None:
             nn.init.ones_(p)
         else:
             nn.init.zeros_(p)
-
-
-def _sincos_2d(width: int, size: int) -> Tensor:
-    """Return (1, size * size, width) fixed position codes, a half for each axis."""
-    omega = 10000 ** (-torch.arange(width // 4) / (width // 4))
-    angle = torch.arange(size)[:, None] * omega
-    code = torch.cat([angle.sin(), angle.cos()], 1)
-    rows, columns = code[:, None].expand(-1, size, -1), code[None].expand(size, -1, -1)
-    return torch.cat([columns, rows], -1).reshape(1, size * size, width)

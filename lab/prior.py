@@ -16,12 +16,12 @@ import comfy.sd
 import comfy.supported_models
 import comfy.utils
 
-from .denoisers import TEXT_WIDTH, UNET
+from .denoisers import PIXEL, TEXT_WIDTH, UNET, position_codes
 from .vocabulary import LENGTH, PAD, WORDS, token_ids
 
 WEIGHTS = Path(__file__).parent / "weights"
 VAE = WEIGHTS / "vae.safetensors"
-KINDS = ("unet", "dit")
+KINDS = ("unet", "dit", "pixel")
 
 
 class LabLatent(comfy.latent_formats.SD3):
@@ -85,22 +85,23 @@ def load_lab_prior(kind: str) -> tuple[comfy.model_patcher.ModelPatcher, comfy.s
     """Load the lab's denoiser of a kind with its text encoder and VAE.
 
     Args:
-        kind: "unet" (eps-prediction) or "dit" (flow matching).
+        kind: "unet" (eps-prediction), "dit" (flow matching) or "pixel" (flow matching on pixels, whose VAE is the host's for such models).
 
     Returns:
         MODEL, CLIP and VAE as the host's loaders return them.
     """
-    return load_lab_denoiser(kind), _load_words(_weights(kind)[1]), _load_vae()
+    return load_lab_denoiser(kind), _load_words(_weights(kind)[1]), _load_vae(kind)
 
 
 def load_lab_denoiser(kind: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """Load the denoiser alone; hosts that fetch weights on demand ask here for one whose weights stay, to train on."""
     sd, _ = _weights(kind)
-    if kind == "unet":
-        model = _load_unet(sd, disable_dynamic)
-    else:
+    if kind == "dit":
+        sd["model.diffusion_model.pos_embed"] = position_codes().half()
         model = comfy.sd.load_diffusion_model_state_dict(sd, model_options={}, disable_dynamic=disable_dynamic)
-    model.model.latent_format = _latent_format()
+    else:
+        model = _load_unet(kind, sd, disable_dynamic)
+    model.model.latent_format = _latent_format(kind)
     model.cached_patcher_init = (load_lab_denoiser, (kind,))
     return model
 
@@ -111,7 +112,9 @@ def _weights(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return sd, {k: sd.pop(k).float() for k in list(sd) if k.startswith("words.")}
 
 
-def _latent_format() -> LabLatent:
+def _latent_format(kind: str) -> comfy.latent_formats.LatentFormat:
+    if kind == "pixel":
+        return comfy.latent_formats.ChromaRadiance()
     _, metadata = comfy.utils.load_torch_file(str(VAE), safe_load=True, return_metadata=True)
     latent_format = LabLatent()
     if metadata and "mend.preview" in metadata:
@@ -119,24 +122,26 @@ def _latent_format() -> LabLatent:
     return latent_format
 
 
-def _load_vae() -> comfy.sd.VAE:
+def _load_vae(kind: str) -> comfy.sd.VAE:
+    if kind == "pixel":
+        return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(VAE), safe_load=True))
     vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (str(VAE),))
     return vae
 
 
-def _load_unet(sd: dict[str, Tensor], disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher:
+def _load_unet(kind: str, sd: dict[str, Tensor], disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher:
     """The host has no detector for a UNet of this size, so its class is given the configuration that training used."""
     management = comfy.model_management
     sd = {k.removeprefix("model.diffusion_model."): v for k, v in sd.items()}
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    config = comfy.supported_models.SD15(dict(UNET))
-    config.unet_config = dict(UNET)
+    layout, kind_of_model = (PIXEL, comfy.model_base.ModelType.FLOW) if kind == "pixel" else (UNET, comfy.model_base.ModelType.EPS)
+    config = comfy.supported_models.SD15(dict(layout))
+    config.unet_config = dict(layout)
     parameters = sum(v.numel() for v in sd.values())
     dtype = management.unet_dtype(model_params=parameters, supported_dtypes=[torch.float16, torch.bfloat16, torch.float32], weight_dtype=torch.float16)
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, load_device, [torch.float16, torch.bfloat16, torch.float32]))
-    config.latent_format = LabLatent()
-    base = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=offload_device)
+    base = comfy.model_base.BaseModel(config, kind_of_model, device=offload_device)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(base, load_device=load_device, offload_device=offload_device)
     base.diffusion_model.load_state_dict(sd, assign=patcher.is_dynamic())

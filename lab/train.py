@@ -1,4 +1,4 @@
-"""Train the lab prior: `python dev train-lab [vae] [decoder] [unet] [dit]`. Everything follows from seeds; a killed run goes on where it stood."""
+"""Train the lab prior: `python dev train-lab [vae] [decoder] [unet] [dit] [pixel]`. Everything follows from seeds; a killed run goes on where it stood."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from torch.amp import autocast
 
 from . import headless
 from .autoencoder import autoencoder_loss, build_autoencoder, crops, encode, finest_scale
-from .denoisers import build_dit, build_unet, dit_loss, dropped_ids, sd_alphas_cumprod, unet_loss
+from .denoisers import PIXEL, build_dit, build_unet, dropped_ids, flow_loss, sd_alphas_cumprod, unet_loss
 from .optimizer import MuonAdam
 from .photographs import EVALUATION, evaluation_photograph
 from .pictures import cached_pictures
@@ -25,11 +25,13 @@ from .vocabulary import PAD, WORDS, describe
 
 # Denoisers learn on crops of the latents first, which cost a quarter, then on whole ones: (share of the steps before which this holds, side, batch).
 DENOISER_STAGES = ((0.7, 16, 16), (1.0, 32, 8))
+# The same of pixels.
+PIXEL_STAGES = ((0.8, 64, 8), (1.0, 128, 4))
 # Share of the UNet's steps after which high noise levels count as much as low ones.
 EVEN_FROM = 0.6
 WEIGHTS = Path(__file__).parent / "weights"
 # Parts in the order in which all of them are trained, and how many steps each takes.
-STEPS = {"vae": 3450, "decoder": 1000, "unet": 3700, "dit": 2500}
+STEPS = {"vae": 3450, "decoder": 1000, "unet": 3700, "dit": 2500, "pixel": 1500}
 SAVE_EVERY = 60.0
 PREVIEW_PICTURES = 64
 # The host's SD3 latent format, which both denoisers use: process_in(z) = (z - shift) * scale.
@@ -118,9 +120,9 @@ def preview_colours(model: nn.Module, store: np.ndarray, device: torch.device) -
 
 def encode_pictures(cache: Path, device: torch.device, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return latents (count, 16, 32, 32) and captions (count, n) of word ids, made once and kept in the cache."""
-    latents_file, captions_file = cache / f"latents-{count}.npy", cache / f"captions-{count}.npy"
+    latents_file = cache / f"latents-{count}.npy"
     if latents_file.exists():
-        return np.load(latents_file, mmap_mode="r"), np.load(captions_file)
+        return np.load(latents_file, mmap_mode="r"), captions(cache, count)
     store = cached_pictures(cache, count)
     model = build_autoencoder().to(device)
     model.load_state_dict(load_file(WEIGHTS / "vae.safetensors"))
@@ -132,31 +134,44 @@ def encode_pictures(cache: Path, device: torch.device, count: int) -> tuple[np.n
             rows.append(encode(model, x).cpu().half().numpy())
         if start % 1024 == 0:
             log(f"encoded {start}/{count}")
-    ids = [[WORDS.index(word) for word in describe(image / np.float32(255))] for image in store]
-    width = max(map(len, ids))
-    np.save(captions_file, np.array([row + [PAD] * (width - len(row)) for row in ids], np.int16))
     np.save(latents_file, np.concatenate(rows))
-    return np.load(latents_file, mmap_mode="r"), np.load(captions_file)
+    return np.load(latents_file, mmap_mode="r"), captions(cache, count)
+
+
+def captions(cache: Path, count: int) -> np.ndarray:
+    """Return (count, n) word ids of the training pictures, read once and kept in the cache."""
+    file = cache / f"captions-{count}.npy"
+    if not file.exists():
+        ids = [[WORDS.index(word) for word in describe(image / np.float32(255))] for image in cached_pictures(cache, count)]
+        width = max(map(len, ids))
+        np.save(file, np.array([row + [PAD] * (width - len(row)) for row in ids], np.int16))
+    return np.load(file)
 
 
 def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, count: int) -> None:
-    """Train the UNet or the DiT and write lab/weights/<kind>.safetensors."""
-    latents, captions = encode_pictures(cache, device, count)
-    model = (build_unet() if kind == "unet" else build_dit()).to(device, memory_format=torch.channels_last)
+    """Train the UNet, the DiT or the UNet on pixels and write lab/weights/<kind>.safetensors."""
+    pixels = kind == "pixel"
+    if pixels:
+        samples, words = cached_pictures(cache, count).transpose(0, 3, 1, 2), captions(cache, count)
+    else:
+        samples, words = encode_pictures(cache, device, count)
+    model = {"unet": build_unet, "dit": build_dit, "pixel": lambda: build_unet(PIXEL)}[kind]().to(device, memory_format=torch.channels_last)
     alphas_cumprod = sd_alphas_cumprod()
 
     def loss_of(step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((2, step))
-        side, batch = next((side, batch) for share, side, batch in DENOISER_STAGES if step < share * steps)
-        rows = rng.integers(len(latents), size=batch)
-        top, left = rng.integers(latents.shape[-1] - side + 1, size=2)
-        z = torch.from_numpy(latents[np.sort(rows), :, top:top + side, left:left + side]).to(device, memory_format=torch.channels_last).float()
-        ids = dropped_ids(captions[np.sort(rows)], rng).to(device)
+        side, batch = next((side, batch) for share, side, batch in (PIXEL_STAGES if pixels else DENOISER_STAGES) if step < share * steps)
+        rows = rng.integers(len(samples), size=batch)
+        top, left = rng.integers(samples.shape[-1] - side + 1, size=2)
+        z = torch.from_numpy(samples[np.sort(rows), :, top:top + side, left:left + side]).to(device, memory_format=torch.channels_last).float()
+        z = z / 127.5 - 1 if pixels else z
+        ids = dropped_ids(words[np.sort(rows)], rng).to(device)
         with half_precision(device):
-            return unet_loss(model, z, ids, alphas_cumprod, step >= EVEN_FROM * steps) if kind == "unet" else dit_loss(model, z, ids)
+            return unet_loss(model, z, ids, alphas_cumprod, step >= EVEN_FROM * steps) if kind == "unet" else flow_loss(model, z, ids, kind == "dit")
 
     def evaluate(average: Average, done: int) -> None:
         tensors = {**model.state_dict(), **average.shadow}
+        tensors.pop("net.pos_embed", None)
         renamed = {k.replace("net.", "model.diffusion_model.", 1) if k.startswith("net.") else k: v for k, v in tensors.items()}
         save_weights(WEIGHTS / f"{kind}.safetensors", renamed, {"mend.kind": f"lab_{kind}", "mend.lab.steps": str(done)})
 

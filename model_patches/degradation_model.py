@@ -14,8 +14,8 @@ from .conditioned_patch import ConditionedPatch
 from .config_values import one_of, whole_number
 from .degradation_condition import DegradationCondition
 from .degraded_picture import FORMS
-from .diffusion_adapter import DiffusionAdapter, new_lora
-from .fine_tune import FineTune
+from .diffusion_adapter import new_lora
+from .fine_tune import FineTune, model_change
 from .fit import check_family, check_shapes
 from .host import inference_module, trained_operations
 from .weights_file import Weights, part_of
@@ -165,13 +165,6 @@ def expected_tensors(plan: Plan, weights: Weights, model: "BaseModel") -> dict[s
         tensors[DEVIATION] = torch.zeros(())
         change = model_change(model, config)
         return tensors if change is None else tensors | change.native()
-
-
-def model_change(model: "BaseModel", config: dict[str, Any]) -> FineTune | DiffusionAdapter | None:
-    """Build what a config lets the model's own weights learn; still empty."""
-    if config.get("fine_tune"):
-        return FineTune(model)
-    return DiffusionAdapter(model, config["rank"]) if config["rank"] else None
 
 
 def tokenizer_of(weights: Weights) -> Weights:

@@ -4,18 +4,21 @@ The differences learn as parallel branches on the layers' outputs, like a LoRA, 
 host applies them like a LoRA file.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .diffusion_adapter import PREFIX, branched
+from .diffusion_adapter import PREFIX, DiffusionAdapter, branched
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
 
+# Learning rate of a fine-tune beside that of what is new.
+FINE_TUNE_RATE = 0.1
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
@@ -74,3 +77,10 @@ class FineTune(nn.Module):
         with torch.no_grad():
             for name, own in self.native().items():
                 own.copy_(tensors[name])
+
+
+def model_change(model: "BaseModel", config: Mapping[str, Any]) -> FineTune | DiffusionAdapter | None:
+    """Build what a file's config ("fine_tune", "rank") lets the model's own weights learn; still empty."""
+    if config.get("fine_tune"):
+        return FineTune(model)
+    return DiffusionAdapter(model, config["rank"]) if config["rank"] else None

@@ -11,7 +11,8 @@ from .blocks import changed_picture, visit_entry
 from .conditioned_patch import ConditionedPatch
 from .config_values import whole_number
 from .daff import DAFF, PRESETS, initialise, layout_of
-from .diffusion_adapter import DiffusionAdapter, new_lora
+from .diffusion_adapter import new_lora
+from .fine_tune import FineTune, model_change
 from .fit import check_family, check_finite, check_shapes
 from .host import inference_module, model_times, trained_operations
 from .lq_condition import FeatureCondition
@@ -50,10 +51,10 @@ def new_fusion(model: "BaseModel", features: int, preset: str = "lite", seed: in
     return Weights(KIND, anatomy.family, config, tensors, f"the new fusion for {anatomy.family}")
 
 
-def grown(weights: Weights, model: "BaseModel", vae: "VAE", rank: int, train_encoder: bool, seed: int) -> Weights:
-    """Return a fusion that will learn more than before: with a LoRA and the LQ encoder, where it has none and they are asked for.
+def grown(weights: Weights, model: "BaseModel", vae: "VAE", rank: int, train_encoder: bool, seed: int, fine_tune: bool = False) -> Weights:
+    """Return a fusion that will learn more than before: with the model's own weights and the LQ encoder, where they are asked for.
 
-    Neither changes anything before it is trained.
+    None of it changes anything before it is trained.
 
     Args:
         weights: what they have learned is kept.
@@ -61,12 +62,20 @@ def grown(weights: Weights, model: "BaseModel", vae: "VAE", rank: int, train_enc
         rank: of the LoRA; 0 leaves it out, or as it is.
         train_encoder: put a copy of the VAE's encoder into the file, to learn along.
         seed: of the LoRA's down factors.
+        fine_tune: whether all weights of the model learn, in place of a LoRA.
 
     Raises:
-        ValueError: for a LoRA of another rank, and a VAE that does not fit.
+        ValueError: for a LoRA of another rank or beside a fine-tune, and a VAE that does not fit.
     """
     check_vae(vae, weights.config["features"])
     tensors, config = dict(weights.tensors), dict(weights.config)
+    if fine_tune and config["rank"]:
+        raise ValueError(f"has a LoRA of rank {config['rank']}, in the place of which fine_tune would be. Turn it off, or begin with a fusion "
+                         "without LoRA.")
+    if fine_tune and not config.get("fine_tune"):
+        tensors |= FineTune(model).native()
+        config["fine_tune"] = True
+    rank = 0 if config.get("fine_tune") else rank
     if rank and config["rank"] not in (0, rank):
         raise ValueError(f"has a LoRA of rank {config['rank']} already. Set the rank to that, or to 0 to leave it as it is.")
     if rank and not config["rank"]:
@@ -86,7 +95,7 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
     anatomy = check_family(weights, KIND, model, node)
     config = weights.config
     numbers = [config.get("features"), config.get("rank")]
-    whole = all(map(whole_number, numbers))
+    whole = all(map(whole_number, numbers)) and isinstance(config.get("fine_tune", False), bool)
     if config.get("preset") not in PRESETS or not isinstance(config.get("single"), bool) or not whole or not numbers[0]:
         raise ValueError(f"{node}: {weights.name} describes itself as {config}, and a preset ({', '.join(PRESETS)}), features, single and "
                          "a rank were expected. Update the pack, or save the file again.")
@@ -100,7 +109,8 @@ def expected_tensors(anatomy: Anatomy, config: dict[str, Any], model: "BaseModel
     with torch.device("meta"):
         network = network_of(anatomy, config, operations=nn)
         tensors = {FUSION + name: tensor for name, tensor in network.state_dict().items()}
-        return tensors | (DiffusionAdapter(model, config["rank"]).native() if config["rank"] else {})
+        change = model_change(model, config)
+        return tensors if change is None else tensors | change.native()
 
 
 def network_of(anatomy: Anatomy, config: dict[str, Any], **factory: Any) -> DAFF:

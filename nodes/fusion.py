@@ -50,7 +50,8 @@ class NewFusion(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "lora_rank", default=0, min=0, max=512,
-                    tooltip="Rank of a LoRA on self-attention that is trained along. 0: the model stays as it is, the paper's first stage.",
+                    tooltip="Rank of a LoRA on self-attention that is trained along. 0 leaves it out, as does fine_tune: with neither, the "
+                    "paper's first stage.",
                 ),
                 io.Boolean.Input(
                     "train_encoder", default=False,
@@ -58,10 +59,15 @@ class NewFusion(io.ComfyNode):
                     "larger.",
                 ),
                 seed_input("Fixes the numbers it starts from. A fresh fusion changes nothing, whatever the seed."),
+                io.Boolean.Input(
+                    "fine_tune", default=False, advanced=True,
+                    tooltip="Let all weights of the model learn in place of a LoRA, as the paper does in its second stage. Training then "
+                    "needs memory for the model four times more, and the file is as large as the model.",
+                ),
                 WeightsSocket.Input(
                     "weights", optional=True,
-                    tooltip="A fusion from the first stage. It keeps what it has learned, its preset too, and gets the LoRA and the "
-                    "encoder.",
+                    tooltip="A fusion from the first stage. It keeps what it has learned, its preset too, and gets the LoRA or fine_tune "
+                    "and the encoder.",
                 ),
             ],
             outputs=[WeightsSocket.Output(display_name="weights", tooltip="The fusion, for Train.")],
@@ -69,7 +75,8 @@ class NewFusion(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: "ModelPatcher", vae: "VAE", preset: str, lora_rank: int, train_encoder: bool, seed: int, weights: Weights | None = None,
+        cls, model: "ModelPatcher", vae: "VAE", preset: str, lora_rank: int, train_encoder: bool, seed: int,
+        fine_tune: bool = False, weights: Weights | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         """Return fresh weights, or given ones with more to train."""
         if weights is not None:
@@ -80,7 +87,7 @@ class NewFusion(io.ComfyNode):
             with telling(f"{NEW}: 'model':"):
                 weights = new_fusion(model.model, features, preset, seed)
         with telling(f"{NEW}: {weights.name}"):
-            return io.NodeOutput(grown(weights, model.model, vae, lora_rank, train_encoder, seed))
+            return io.NodeOutput(grown(weights, model.model, vae, lora_rank, train_encoder, seed, fine_tune))
 
 
 class ApplyFusion(io.ComfyNode):

@@ -21,7 +21,8 @@ class LoadLabPrior(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "kind", options=list(KINDS), default="unet",
-                    tooltip="unet predicts noise like SD and SDXL; dit is a flow model like SD3 and FLUX.",
+                    tooltip="unet predicts noise like SD and SDXL; dit is a flow model like SD3 and FLUX; pixel is a flow model that works on "
+                    "pixels, without a VAE.",
                 ),
             ],
             outputs=[
@@ -29,7 +30,10 @@ class LoadLabPrior(io.ComfyNode):
                 io.Clip.Output(
                     display_name="clip", tooltip="Its text encoder: knows about 80 words such as bright, warm, red, round, detailed."
                 ),
-                io.Vae.Output(display_name="vae", tooltip="Its VAE, 16 channels and 8 pixels a cell."),
+                io.Vae.Output(
+                    display_name="vae",
+                    tooltip="Its VAE: 16 channels and 8 pixels a cell; that of pixel changes nothing, with 3 channels and 1 pixel.",
+                ),
             ],
         )  # fmt: skip
 

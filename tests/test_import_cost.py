@@ -17,7 +17,7 @@ args.cpu = True
 import nodes
 import comfy_api.latest
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 
 async def load():
     import mend
@@ -26,14 +26,17 @@ async def load():
     return [node.define_schema().node_id for node in await extension.get_node_list()]
 
 ids = asyncio.run(load())
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 new = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
 print(json.dumps({"seconds": seconds, "ids": ids, "new": new}))
 """
 
 
 def measure(cache):
-    """Loads the pack in a fresh process that has the host imported; compiled once, as on every start of the host but the first."""
+    """Loads the pack in a fresh process that has the host imported; compiled once, as on every start of the host but the first.
+
+    Seconds are the processor's: those of a clock say as much about what else the machine does.
+    """
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(cache), "PYTHONDONTWRITEBYTECODE": ""}
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
@@ -47,4 +50,4 @@ def test_loading_is_fast_and_light(tmp_path):
         best = min(best, found["seconds"])
         if best < LIMIT:
             return
-    raise AssertionError(f"loading the pack takes {best:.2f} s at best of 3; it newly imports {found['new']}")
+    raise AssertionError(f"loading the pack takes {best:.2f} s of processor time at best of 3; it newly imports {found['new']}")

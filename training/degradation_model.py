@@ -23,13 +23,12 @@ from ..model_patches.degradation_model import (
     DegradationPatch,
     check_cell,
     check_fit,
-    model_change,
     new_weights,
     tokenizer_of,
 )  # fmt: skip
 from ..model_patches.degraded_picture import ATTACHMENT, FORMS, Degradation, DegradedPicture, Residuals
 from ..model_patches.diffusion_adapter import lora_tensors
-from ..model_patches.fine_tune import FineTune
+from ..model_patches.fine_tune import FINE_TUNE_RATE, FineTune, model_change
 from ..model_patches.host import for_training, interrupt_point, is_flow, output_slope, trained_operations
 from ..model_patches.host import sample_with as host_sample
 from ..model_patches.irb import SIZES
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from .feed import Pairs
 
 CLEAN, OTHER = 0.1, 0.1
-GATE_RATE, FINE_TUNE_RATE = 10.0, 0.1
+GATE_RATE = 10.0
 # The noise's share of what the model sees, down to which errors of y0 count alike.
 LITTLE = 0.25
 # How many times an error of the model's own output counts at most: x0 of an eps model is up to sigma times as far off.

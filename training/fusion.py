@@ -1,7 +1,7 @@
-"""Training of degradation-aware feature fusion (UniLDiff, arXiv 2507.23685): stage 1a is the fusion alone, 1b adds LoRA and the LQ encoder.
+"""Training of degradation-aware feature fusion (UniLDiff, arXiv 2507.23685): stage 1a is the fusion alone, 1b adds denoiser and LQ encoder.
 
-What is trained is what the weights hold: without LoRA (rank 0) and encoder it is stage 1a. The paper trains the whole denoiser in 1b; LoRA
-stands for it. Several degradations in the data are drawn with equal chance, as the paper draws its tasks.
+What is trained is what the weights hold: without LoRA (rank 0), fine-tune and encoder it is stage 1a. The paper trains the whole denoiser in
+1b, as a fine-tune does; a LoRA stands for it where that is too much. Several degradations in the data are drawn with equal chance, as the paper draws its tasks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..model_patches.config_values import one_of, whole_number
 from ..model_patches.daff import PRESETS
-from ..model_patches.diffusion_adapter import DiffusionAdapter
 from ..model_patches.encoder_features import feature_channels
 from ..model_patches.errors import telling
+from ..model_patches.fine_tune import FINE_TUNE_RATE, FineTune, model_change
 from ..model_patches.fusion_patch import FUSION, FusionPatch, check_fit, grown, network_of, new_fusion
 from ..model_patches.host import for_training, trained_operations
 from ..model_patches.lq_condition import FeatureCondition, LatentCondition
@@ -28,11 +28,11 @@ from .trainee import NODE, Batch, Models
 TEXT_DROP = 0.2
 # Learning rate of the LQ encoder beside that of the rest.
 ENCODER_RATE = 0.1
-NEW = {"preset": "lite", "rank": 0, "seed": 0, "train_encoder": False, "single": True, "start": ""}
+NEW = {"preset": "lite", "rank": 0, "seed": 0, "train_encoder": False, "fine_tune": False, "single": True, "start": ""}
 
 
 def fresh_fusion(models: Models, config: Mapping[str, Any]) -> Weights:
-    """Make fresh weights from {"preset", "rank", "seed", "train_encoder", "single", "start"}, of which all may be left out.
+    """Make fresh weights from {"preset", "rank", "seed", "train_encoder", "fine_tune", "single", "start"}, of which all may be left out.
 
     "start" is the path of a file from stage 1a; what it has learned is kept, and preset and single are its own.
 
@@ -41,9 +41,9 @@ def fresh_fusion(models: Models, config: Mapping[str, Any]) -> Weights:
     """
     given = NEW | dict(config)
     fit = one_of(given["preset"], PRESETS) and all(whole_number(given[name]) for name in ("rank", "seed"))
-    of_kind = all(isinstance(given[name], type(NEW[name])) for name in ("train_encoder", "single", "start"))
+    of_kind = all(isinstance(given[name], type(NEW[name])) for name in ("train_encoder", "fine_tune", "single", "start"))
     if given.keys() - NEW.keys() or not fit or not of_kind:
-        raise ValueError(f"a new fusion takes preset ({', '.join(PRESETS)}), rank, seed, train_encoder, single and start; "
+        raise ValueError(f"a new fusion takes preset ({', '.join(PRESETS)}), rank, seed, train_encoder, fine_tune, single and start; "
                          f"found {dict(config)}.")
     if models.model is None or models.vae is None:
         raise ValueError("a new fusion needs a model and its VAE.")
@@ -54,11 +54,11 @@ def fresh_fusion(models: Models, config: Mapping[str, Any]) -> Weights:
     else:
         weights = new_fusion(model, feature_channels(models.vae), given["preset"], given["seed"], given["single"])
     with telling(weights.name):
-        return grown(weights, model, models.vae, given["rank"], given["train_encoder"], given["seed"])
+        return grown(weights, model, models.vae, given["rank"], given["train_encoder"], given["seed"], given["fine_tune"])
 
 
 class FusionTrainee(RestorationAdapterTrainee):
-    """The fusion learns on the frozen denoiser, with a LoRA and the LQ encoder where there are any.
+    """The fusion learns on the denoiser, with a LoRA or all of its weights and the LQ encoder where there are any.
 
     Args:
         weights: of the kind fusion.
@@ -75,7 +75,7 @@ class FusionTrainee(RestorationAdapterTrainee):
         self.models, self.anatomy = models, check_fit(weights, models.model.model, NODE)
         self.kind, self.family, self.config = weights.kind, weights.family, weights.config
         self.network = network_of(self.anatomy, self.config, operations=trained_operations)
-        self.lora = DiffusionAdapter(models.model.model, self.config["rank"]) if self.config["rank"] else None
+        self.lora = model_change(models.model.model, self.config)
         learns = any(name.startswith(ENCODER) for name in weights.tensors)
         with telling(f"{NODE}: 'vae': {weights.name}"):
             check_vae(models.vae, self.config["features"])
@@ -83,10 +83,11 @@ class FusionTrainee(RestorationAdapterTrainee):
         self.load_state_dict(weights.tensors)
 
     def rate_factors(self) -> Iterator[float]:
-        """The LQ encoder learns at a tenth of the rate."""
+        """The LQ encoder and a fine-tune learn at a tenth of the rate."""
         for part in (self.network, self.lora, self.encoder):
             if part is not None:
-                yield from (ENCODER_RATE if part is self.encoder else 1.0 for _ in part.parameters())
+                rate = ENCODER_RATE if part is self.encoder else FINE_TUNE_RATE if isinstance(part, FineTune) else 1.0
+                yield from (rate for _ in part.parameters())
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, float]]:
         """Denoise the clean latent beside the degraded picture: mean absolute error of the model's own output."""

@@ -39,34 +39,55 @@ from ...training.trainee import Models  # noqa: E402
 from . import degradation_oracle as oracle  # noqa: E402
 from . import report  # noqa: E402
 from .adapter import Watcher, training_pictures  # noqa: E402
+from .degradation_findings import (  # noqa: E402
+    BLIND,
+    CEILINGS,
+    COLUMNS,
+    CONCATENATION,
+    DEGRADED,
+    DENOISER,
+    FORMS,
+    IMAGE,
+    INPUTS,
+    LATENT,
+    MAIN,
+    MEANS,
+    METHODS_OF,
+    PIXEL,
+    SHOWN,
+    TOLD_NOTHING,
+    WORDS,
+    asked,
+    averages,
+    evidence,
+)
 from .degradation_oracle import COMPOSITE, RECIPES, TASKS, degraded  # noqa: E402
 from .remembered import FewPairs, RememberingEncoder, RememberingVAE  # noqa: E402
 from .scenes import SCENES, figures, mean, over_scenes, seeded  # noqa: E402
 
 SEEDS = (0, 1, 2)
-RANK, CROP, BATCH, STEPS, RATE = 32, 128, 8, 1000, 1e-3
+RANK, CROP, STEPS, RATE = 32, 128, 1000, 1e-3
 SAMPLING_STEPS = 10
 TRAINED = report.PACK / "lab" / "trained"
 HOME = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
 CHART = 11
 # As Estimate Visual Instruction has it.
 CONFIDENCE = 0.5
-LATENT, PIXEL, IMAGE = "degradation space, latent form", "degradation space, pixel form", "image space"
-WORDS, DEGRADED, CONCATENATION = "text words instead of a chart", "no null subtraction", "concatenation instead of IRB"
-SHOWN = "damage always shown under the noise"
 # What is changed from the model of the latent form; all are trained alike.
-METHODS: dict[str, dict[str, str]] = {
+METHODS: dict[str, dict[str, Any]] = {
     LATENT: {"form": "latent"}, PIXEL: {"form": "pixel"}, IMAGE: {"form": "picture"}, WORDS: {"form": "latent", "instruction": "words"},
     DEGRADED: {"form": "latent", "instruction": "degraded"}, CONCATENATION: {"form": "latent", "bridge": "concatenation"}, SHOWN: {"form": "latent"},
+    DENOISER: {"form": "latent", "fine_tune": True},
 }
 # What the command line calls them.
 NAMES = {"latent": LATENT, "pixel": PIXEL, "image": IMAGE, "words": WORDS, "degraded": DEGRADED, "concatenation": CONCATENATION,
-         "shown": SHOWN}
-TOLD_NOTHING, BLIND = "told of nothing", "blind estimate"
-# Transformers have no first convolution to widen. Those that are told of nothing, and of the wrong thing.
-ON_DIT, MISTAKEN = tuple(method for method in METHODS if method != CONCATENATION), (LATENT, PIXEL, IMAGE)
+         "shown": SHOWN, "denoiser": DENOISER}
+# Those that are told of nothing, and of the wrong thing.
+MISTAKEN = tuple(INPUTS)
+# A step on pixels costs many times one on latents.
+BATCHES = {"unet": 8, "dit": 8, "pixel": 4}
 # The forms that may be published.
-FORMS = {"latent": LATENT, "pixel": PIXEL}
+PUBLISHED = FORMS | {"denoiser": DENOISER}
 
 
 def training_recipes() -> list[Recipe]:
@@ -120,7 +141,9 @@ class Lab:
     def __init__(self, prior: str, codes: Weights) -> None:
         self.prior, self.codes = prior, codes
         model, clip, vae = load_lab_prior(prior)
-        self.models = Models(model, clip, RememberingVAE(vae, HOME / "bench" / f"latents-degradation-{weights_fingerprint(vae.patcher)[:12]}.safetensors"))
+        # Pixels are not worth remembering.
+        latents = HOME / "bench" / f"latents-degradation-{weights_fingerprint(vae.patcher)[:12]}.safetensors"
+        self.models = Models(model, clip, vae if prior == "pixel" else RememberingVAE(vae, latents))
         self.known: dict[str, DegradationTrainee] = {}
         self.seen: dict[tuple[str, str, int], Tensor] = {}
 
@@ -141,11 +164,14 @@ class Lab:
         if run.name not in self.known:
             trainee = self.fresh(run)
             pairs = FewPairs(good_folder(training_pictures()), training_recipes(), crop=CROP)
-            settings = Settings(steps=run.steps, batch=BATCH, rate=RATE, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
+            settings = Settings(steps=run.steps, batch=BATCHES[run.prior], rate=RATE, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
             trainee.encoder = RememberingEncoder(trainee.encoder, HOME / "bench" / f"tokens-{trainee.config['codebook'][:12]}.safetensors")
-            folder = open_run(HOME / "bench" / "degradation_space", run.name, describe_run(trainee, pairs, self.models, settings), run.steps)
+            # What other code trained is not what this code would.
+            description = describe_run(trainee, pairs, self.models, settings) | {"code": report.fingerprint()}
+            folder = open_run(HOME / "bench" / "degradation_space", run.name, description, run.steps)
             result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))
-            self.models.vae.save()
+            if isinstance(self.models.vae, RememberingVAE):
+                self.models.vae.save()
             trainee.encoder.save()
             trainee.load_state_dict(result.tensors)
             self.known = {run.name: trainee}
@@ -191,7 +217,9 @@ def instruction(lab: Lab, trainee: DegradationTrainee, picture: Tensor, degradat
 def restore(lab: Lab, trainee: DegradationTrainee, picture: Tensor, degradation: str, words: str, seed: int, way: Way,
             estimator: Weights | None = None) -> Tensor:
     """Sample from pure noise, on the attached trainee."""
-    noise = torch.randn(1, 16, picture.shape[1] // 8, picture.shape[2] // 8, generator=seeded(seed))
+    vae = lab.models.vae
+    sides = [side // vae.spacial_compression_encode() for side in picture.shape[1:3]]
+    noise = torch.randn(1, vae.latent_channels, *sides, generator=seeded(seed))
     tokens = torch.zeros(1, 1, trainee.config["code_width"])
     text = words if trainee.config["instruction"] == "words" and way.told == "true" else ""
     if trainee.config["instruction"] != "words":
@@ -263,8 +291,7 @@ class Table:
         """What is measured, as the table has it from top to bottom."""
         if self.options.published:
             return list(self.given)
-        own = METHODS if self.lab.prior == "unet" else ON_DIT
-        return [method for method in own if not self.options.forms or method in [NAMES[name] for name in self.options.forms]]
+        return [method for method in METHODS_OF[self.lab.prior] if not self.options.forms or method in [NAMES[name] for name in self.options.forms]]
 
     def rows(self) -> list[dict[str, Any]]:
         """All that the issue's table has, one trained model after another."""
@@ -273,7 +300,7 @@ class Table:
             rows += [self.row(method, name) for name in TASKS]
             if method in MISTAKEN:
                 rows += self._mistaken(method)
-            if method == LATENT:
+            if method in MAIN:
                 rows += self._uses(method)
         return [row for row in rows if row is not None]
 
@@ -331,7 +358,7 @@ def estimator_weights() -> Weights | None:
 def published(prior: str) -> dict[str, Weights]:
     """The pack's own degradation models for a prior, in full precision."""
     found = {}
-    for form, method in FORMS.items():
+    for form, method in PUBLISHED.items():
         file = _file(prior, form)
         if file.exists():
             weights = load_weights(file)
@@ -342,7 +369,7 @@ def published(prior: str) -> dict[str, Weights]:
 def publish(lab: Lab, steps: int, forms: list[str]) -> None:
     """Train, or go on, and store the weights in half precision where the pack's own lie."""
     for form in forms:
-        trainee = lab.trained(Run(lab.prior, FORMS[form], steps))
+        trainee = lab.trained(Run(lab.prior, PUBLISHED[form], steps))
         tensors = {name: tensor.detach().half() if tensor.ndim else tensor for name, tensor in trainee.state_dict().items()}
         assert float(tensors[DEVIATION]) > 0
         file = _file(lab.prior, form)
@@ -353,86 +380,6 @@ def publish(lab: Lab, steps: int, forms: list[str]) -> None:
 
 def _file(prior: str, form: str) -> Path:
     return TRAINED / f"degradation_{form}_{prior}.safetensors"
-
-
-COLUMNS = ("method", "degradation", "prior", "n", "seeds", "parameters", "psnr", "psnr_std", "ssim", "haarpsi", "to_input", "to_encoded_input", "seconds")
-MEANS = ("method", "seeds", "psnr", "gain", "ssim", "haarpsi")
-CEILINGS = """## What each form of degradation diffusion can reach: `python dev bench degradation_space --ceilings`
-
-The true residual through the lab's VAE, PSNR / SSIM, on four scenes that nothing was trained on: what no model of a form can do better than. The latent
-form returns Dec(E(LQ) - y0), which is the clean picture through the VAE; the pixel form returns LQ less the decoded residual.
-"""
-INTRODUCTION = """## Diffusion in the degradation space on the lab's {prior}: `python dev bench degradation_space --prior {prior}`
-
-A small-scale reproduction on the lab prior (lab/README.md). Every model learned all tasks at once ({tasks}, and haze with noise upon it; several strengths
-each), {steps} steps of {batch} crops of {crop} px, at one learning rate of {rate:g}, with LoRA of rank {rank}. Restored from pure noise with {sampling}
-Euler steps, no prompt. The chart of the instruction is one that no training drew; its damage is of the same strength as the picture's, with other noise.
-Four scenes, seeds as named; PSNR in dB. to_input is the PSNR of the result to the damaged picture, to_encoded_input to that picture through the VAE: how
-much nothing was done. The gain is over the damaged picture.
-"""
-
-
-def evidence(own: list[dict[str, Any]], prior: str, options: argparse.Namespace, better: dict[str, str]) -> str:
-    """A prior's section: what was asked, means, and every row."""
-    missing = [method for method in (METHODS if prior == "unet" else ON_DIT) if method not in {row["method"] for row in own}]
-    introduction = INTRODUCTION.format(prior=prior, tasks=", ".join(TASKS), steps=options.steps, batch=BATCH, crop=CROP, rate=RATE, rank=RANK,
-                                       sampling=SAMPLING_STEPS)
-    if missing:
-        introduction += f"Not measured yet: {'; '.join(missing)}.\n"
-    means = report.markdown(averages(own), MEANS)
-    return "\n".join([introduction, *asked(own, better), "", "Means over the seven tasks:", "", means, "Task by task:", "", report.markdown(own, COLUMNS)])
-
-
-def averages(own: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over all tasks of the methods that have them all, and their gain over the damaged picture."""
-    found, base = [], {row["degradation"]: row["psnr"] for row in own if row["method"] == "degraded"}
-    for method in dict.fromkeys(row["method"] for row in own):
-        rows = [row for row in own if row["method"] == method and row["degradation"] in TASKS]
-        if len(rows) == len(TASKS):
-            figures_of = {name: sum(row[name] for row in rows) / len(rows) for name in ("psnr", "ssim", "haarpsi")}
-            gain = sum(row["psnr"] - base[row["degradation"]] for row in rows) / len(rows)
-            found.append({"method": method, "seeds": rows[0]["seeds"], "gain": gain, **figures_of})
-    return found
-
-
-def asked(own: list[dict[str, Any]], better: dict[str, str]) -> list[str]:
-    """What was expected of the method beside what was found, one line each; only what the rows can answer.
-
-    Args:
-        own: rows.
-        better: by degradation, the form ("latent", "pixel") whose ceiling is higher.
-    """
-    psnr = {(row["method"], row["degradation"]): row["psnr"] for row in own}
-    methods = {method for method, _ in psnr if all((method, name) in psnr for name in TASKS)}
-    lines = [
-        "- Over the damaged picture, 3 dB expected: " + ", ".join(
-            f"{name} {psnr[LATENT, name] - psnr['degraded', name]:+.1f}" for name in ("noise 50", "haze", "low light")) + ".",
-    ] if LATENT in methods else []  # fmt: skip
-    if {LATENT, IMAGE} <= methods:
-        over = {name: psnr[LATENT, name] - psnr[IMAGE, name] for name in TASKS}
-        lines.append(f"- Latent form over image space, 1.5 dB expected in the mean: {sum(over.values()) / len(TASKS):+.2f} ("
-                     + ", ".join(f"{name} {value:+.1f}" for name, value in over.items()) + ").")
-    if {LATENT, PIXEL, IMAGE} <= methods:
-        chosen = {name: psnr[FORMS[better[name]], name] - psnr[IMAGE, name] for name in TASKS}
-        lines.append("- For each damage the form whose ceiling is higher, over image space, 1.5 dB expected in the mean: "
-                     f"{sum(chosen.values()) / len(TASKS):+.2f} (" + ", ".join(f"{name} {better[name]} {value:+.1f}" for name, value in chosen.items()) + ").")
-    for method, to in ((LATENT, "to_encoded_input"), (PIXEL, "to_input"), (IMAGE, "to_encoded_input")):
-        rows = [row for row in own if row["method"].startswith(f"{method}, told of") and row["degradation"] in TASKS]
-        for label in (TOLD_NOTHING, "the wrong damage"):
-            near = {row["degradation"]: row[to] for row in rows if row["method"].endswith(TOLD_NOTHING) == (label == TOLD_NOTHING)}
-            if near:
-                wanted = "" if method == IMAGE else ", 30 dB expected"
-                lines.append(f"- {method[0].upper()}{method[1:]}, {'told of ' if label != TOLD_NOTHING else ''}{label}, {to}{wanted}: "
-                             + ", ".join(f"{name} {value:.1f}" for name, value in near.items()) + ".")
-    if f"{LATENT}, {BLIND}" in methods:
-        true = {name: (LATENT, name) for name in TASKS} | {COMPOSITE: (f"{LATENT}, told of {COMPOSITE}", COMPOSITE)}
-        blind = {name: (f"{LATENT}, {BLIND}", name) for name in true}
-        lost = {name: psnr[blind[name]] - psnr[key] for name, key in true.items() if {key, blind[name]} <= psnr.keys()}
-        lines.append("- Blind beside the true instruction, at most 1 dB less expected: " + ", ".join(f"{name} {value:+.1f}" for name, value in lost.items()) + ".")
-    told = {name: psnr[f"{LATENT}, told of {name}", COMPOSITE] for name in (COMPOSITE, "haze", "noise 25") if (f"{LATENT}, told of {name}", COMPOSITE) in psnr}
-    if told:
-        lines.append(f"- A picture with {COMPOSITE}, at {psnr['degraded', COMPOSITE]:.1f} dB: " + ", ".join(f"{value:.1f} told of {name}" for name, value in told.items()) + ".")
-    return lines
 
 
 def ceiling_rows(lab_vae: Any, options: argparse.Namespace, results: report.Results) -> list[dict[str, Any]]:
@@ -450,16 +397,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ceilings and the committed weights on coffee, one seed")
     parser.add_argument("--json", action="store_true", help="end with the rows as one line of JSON")
     parser.add_argument("--ceilings", action="store_true", help="print the ceilings and stop")
-    parser.add_argument("--prior", nargs="+", default=["unet", "dit"], choices=["unet", "dit"])
+    parser.add_argument("--prior", nargs="+", default=list(METHODS_OF), choices=list(METHODS_OF))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of every run")
     parser.add_argument("--published", action="store_true", help="measure the weights that come with the pack, without writing evidence; nothing is trained")
     parser.add_argument("--measured", action="store_true", help="write the evidence of what is measured already, and measure nothing")
     parser.add_argument("--forms", nargs="+", choices=list(NAMES), metavar="FORM",
                         help=f"train and measure these only, without writing evidence, to share the work among processes: {', '.join(NAMES)}")
-    parser.add_argument("--publish", nargs="+", choices=list(FORMS), metavar="FORM",
-                        help="train these forms only (latent, pixel), store them as the pack's own weights, and stop")
+    parser.add_argument("--publish", nargs="+", choices=list(PUBLISHED), metavar="FORM",
+                        help=f"train these forms only ({', '.join(PUBLISHED)}), store them as the pack's own weights, and stop")
     options = parser.parse_args()
+    results_file = _results_file(options)
     if options.publish:
         codes = tokenizer_weights()
         for prior in options.prior:
@@ -468,8 +416,8 @@ def main() -> None:
     options.published |= options.quick
     options.scenes, options.seeds = (("coffee",), SEEDS[:1]) if options.quick else (tuple(SCENES), SEEDS[:options.seeds])
     writes = not (options.published or options.forms)
-    results = report.Results(_results_file(options), measure=not options.measured)
-    rows = ceiling_rows(load_lab_prior(options.prior[0])[2], options, results)
+    results = report.Results(results_file, measure=not options.measured)
+    rows = ceiling_rows(load_lab_prior("unet")[2], options, results)
     better = {row["degradation"]: row["better"] for row in rows}
     report.say(report.markdown(rows, oracle.COLUMNS))
     if writes:
@@ -482,11 +430,17 @@ def main() -> None:
         rows += own
         report.say("\n".join([*asked(own, better), report.markdown(averages(own), MEANS), report.markdown(own, COLUMNS)]))
         if writes:
-            report.write_section(f"degradation_space {prior}", evidence(own, prior, options, better))
+            report.write_section(f"degradation_space {prior}", evidence(own, prior, options, better, _settings(prior)))
     if writes:
         report.keep_rows(results)
     if options.json:
         report.say(json.dumps({"rows": rows}))
+
+
+def _settings(prior: str) -> dict[str, Any]:
+    """What the evidence says of training and sampling."""
+    change = "with all weights of the prior" if prior == "pixel" else f"with LoRA of rank {RANK}"
+    return {"batch": BATCHES[prior], "crop": CROP, "rate": RATE, "change": change, "sampling": SAMPLING_STEPS}
 
 
 def _results_file(options: argparse.Namespace) -> Path:

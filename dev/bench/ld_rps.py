@@ -1,7 +1,7 @@
 """`python dev bench ld_rps`: zero-shot restoration beside what a user would do without it, on photographs that nothing was trained on.
 
-Rows stream to a file in the cache, keyed by a hash of the code and the weights, so an interrupted run goes on; docs/evidence.md is written
-at the end of a full run.
+Rows stream to a file in the cache, keyed by a hash of the code and the weights, so an interrupted run goes on. At the end of a run over both
+priors, the sections of docs/evidence.md of its kinds of damage are written, and the rows kept in docs/measured.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from ...samplers.presets import ALIGNMENTS
 from ...samplers.quality import Quality
 from .classical import auto_levels, non_local_means
 from .kept_run import KeptRun
-from .report import NotMeasured, Results, markdown, results_file, say, write_section
+from .report import NotMeasured, Results, keep_rows, markdown, results_file, say, write_section
 from .scenes import SCENES, Case, cases, figures, mean
 from .zero_shot import Prior, Recipe, guessed, img2img, restore
 
 SEEDS = (0, 1, 2)
+PRIORS = ("unet", "dit")
 QUICK = ("noise", "lowlight", "haze")
 FEW_SCENES = ("coffee", "flower")
 PUBLISHED = "reference schedule"
@@ -224,22 +225,29 @@ def table(rows: list[dict]) -> list[dict]:
 
 
 def write_evidence(rows: list[dict], threads: int) -> None:
-    """Write this measurement's section of docs/evidence.md from the rows of a full run."""
-    parts = [INTRODUCTION.format(threads=threads)]
+    """Write the sections of docs/evidence.md of all kinds of damage that there are rows of; those of others stay as they are."""
+    write_section("ld_rps", INTRODUCTION.format(threads=threads))
     for degradation in RECIPES:
-        # The rows that need no prior come once with each.
-        distinct = {(row["method"], row["prior"], row["n"]): row for row in rows if row["degradation"] == degradation and "method" in row}
-        everywhere = [row for row in distinct.values() if row["n"] == len(SCENES)]
-        parted = [row for row in distinct.values() if row["n"] == len(FEW_SCENES)]
-        if everywhere:
-            parts += [f"### {degradation}\n", verdict(everywhere), markdown(everywhere, COLUMNS)]
-        if len(parted) > 1:
-            parts += [f"Parts taken away or added, on {' and '.join(FEW_SCENES)}:\n", markdown(parted, COLUMNS)]
-        published = [row for row in rows if row["degradation"] == degradation and row.get("n") == 1]
-        if published:
-            parts += [against_published(*published), markdown(published, COLUMNS)]
-        parts += [ESTIMATE.format(**row["estimate"], **timing(row)) for row in rows if row["degradation"] == degradation and "estimate" in row]
-    write_section("ld_rps", "\n".join(parts))
+        own = [row for row in rows if row["degradation"] == degradation]
+        if own:
+            write_section(f"ld_rps {degradation}", "\n".join([f"### Zero-shot, {degradation}\n", *findings(own)]))
+
+
+def findings(rows: list[dict]) -> list[str]:
+    """What one kind of damage's rows of a full run show, part by part."""
+    parts = []
+    # The rows that need no prior come once with each.
+    distinct = {(row["method"], row["prior"], row["n"]): row for row in rows if "method" in row}
+    everywhere = [row for row in distinct.values() if row["n"] == len(SCENES)]
+    parted = [row for row in distinct.values() if row["n"] == len(FEW_SCENES)]
+    if everywhere:
+        parts += [verdict(everywhere), markdown(everywhere, COLUMNS)]
+    if len(parted) > 1:
+        parts += [f"Parts taken away or added, on {' and '.join(FEW_SCENES)}:\n", markdown(parted, COLUMNS)]
+    published = [row for row in rows if row.get("n") == 1]
+    if published:
+        parts += [against_published(*published), markdown(published, COLUMNS)]
+    return parts + [ESTIMATE.format(**row["estimate"], **timing(row)) for row in rows if "estimate" in row]
 
 
 INTRODUCTION = """## Zero-shot restoration: `python dev bench ld_rps`
@@ -295,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python dev bench ld_rps", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="coffee, one seed, three degradations: under ten minutes on two cores")
     parser.add_argument("--json", action="store_true", help="end with the rows as one line of JSON")
-    parser.add_argument("--prior", nargs="+", default=["unet", "dit"], choices=["unet", "dit"])
+    parser.add_argument("--prior", nargs="+", default=list(PRIORS), choices=PRIORS)
     parser.add_argument("--degradation", nargs="+", choices=list(RECIPES))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--ablations", nargs="*", default=list(RECIPES), choices=list(RECIPES), help="degradations to take parts away on")
@@ -304,9 +312,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.prior = options.prior[:1]
-    rows = run(options, Results(results_file("ld_rps"), measure=not options.measured))
-    if not options.quick and not options.degradation:
+    results = Results(results_file("ld_rps"), measure=not options.measured)
+    rows = run(options, results)
+    whole = not options.quick and len(options.prior) == len(PRIORS) and options.seeds == len(SEEDS)
+    if whole:
         write_evidence(rows, torch.get_num_threads())
+        keep_rows(results)
     if options.json:
         say(json.dumps({"rows": [row for row in rows if "method" in row]}))
 

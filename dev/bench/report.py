@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 PACK = Path(__file__).parents[2]
@@ -71,8 +72,9 @@ def keep_rows(results: Results) -> None:
     shutil.copyfile(results.file, MEASURED / results.file.name)
 
 
+@cache
 def fingerprint() -> str:
-    """Hash of what a figure depends on: the code that is loaded, less its comments and docstrings, and the lab's weights."""
+    """Hash of what a figure depends on: the code that is loaded when it is first asked for, less its comments and docstrings, and the lab's weights."""
     digest = hashlib.sha256()
     for file in sorted(_loaded_files()):
         digest.update(ast.dump(_without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())

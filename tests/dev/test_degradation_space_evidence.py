@@ -2,7 +2,7 @@
 
 import pytest
 
-from mend.dev.bench.degradation_space import BLIND, COMPOSITE, IMAGE, LATENT, PIXEL, TASKS, TOLD_NOTHING, asked, averages
+from mend.dev.bench.degradation_findings import BLIND, COMPOSITE, DENOISER, IMAGE, LATENT, PIXEL, TASKS, TOLD_NOTHING, asked, averages
 
 
 def rows(method, psnr, **more):
@@ -44,6 +44,14 @@ def test_nothing_is_said_of_what_was_not_measured():
     assert asked(DAMAGED, BETTER) == [] == asked([*DAMAGED, *rows(LATENT, 20.0)[:3]], BETTER)
     alone = "\n".join(asked([*DAMAGED, *rows(LATENT, 20.0)], BETTER))
     assert "image space" not in alone and "lind" not in alone and COMPOSITE not in alone
+
+
+def test_a_prior_that_samples_pixels_has_the_method_in_another_form():
+    told = [{"method": f"{DENOISER}, told of {COMPOSITE}", "degradation": COMPOSITE, "psnr": 19.0}]
+    nothing = rows(f"{DENOISER}, {TOLD_NOTHING}", 15.0, to_input=40.0, to_encoded_input=40.0)
+    said = "\n".join(asked([*DAMAGED, *rows(DENOISER, 22.0), *told, *nothing, *rows(f"{DENOISER}, {BLIND}", 21.0)], BETTER))
+    assert "3 dB expected: noise 50 +7.0" in said and f"to_input, 30 dB expected: {TASKS[0]} 40.0" in said
+    assert f"less expected: {TASKS[0]} -1.0" in said and f"19.0 told of {COMPOSITE}" in said and "image space" not in said
 
 
 def test_means_are_of_methods_that_have_every_task():

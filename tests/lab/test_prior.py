@@ -11,12 +11,15 @@ import comfy.model_management
 import comfy.model_patcher
 import latent_preview
 from comfy.cli_args import LatentPreviewMethod
+from mend.lab.denoisers import position_codes
 from mend.lab.prior import KINDS, WEIGHTS, load_lab_prior
 from mend.lab.train import LATENT_SCALE, LATENT_SHIFT
 from mend.lab.vocabulary import LENGTH
 from mend.model_patches.host import is_flow
 
-FILES = {"vae": "lab_vae", "unet": "lab_unet", "dit": "lab_dit"}
+FILES = {"vae": "lab_vae", "unet": "lab_unet", "dit": "lab_dit", "pixel": "lab_pixel"}
+# Channels and pixels to a cell of what each samples.
+LATENTS = {"unet": (16, 8), "dit": (16, 8), "pixel": (3, 1)}
 
 
 @cache
@@ -38,13 +41,20 @@ def encoded(host_nodes, clip, text):
 def test_sizes(kind):
     model, _, vae = loaded(kind)
     network = model.model.diffusion_model
-    if kind == "unet":
-        assert parameters(network) <= 8e6
-    else:
-        # Position codes are fixed, so they do not count.
-        assert 9e6 <= parameters(network) <= 10e6
-    assert 2.2e6 < parameters(vae.first_stage_model) < 2.8e6
-    assert is_flow(model.model.model_sampling) == (kind == "dit")
+    # Position codes of the dit are fixed, so they do not count.
+    least, most = {"unet": (6e6, 8e6), "dit": (9e6, 10e6), "pixel": (1e6, 1.5e6)}[kind]
+    assert least <= parameters(network) <= most
+    assert kind == "pixel" or 2.2e6 < parameters(vae.first_stage_model) < 2.8e6
+    assert is_flow(model.model.model_sampling) == (kind != "unet")
+    assert (vae.latent_channels, vae.spacial_compression_encode()) == LATENTS[kind]
+    assert (model.model.latent_format.latent_channels, model.model.latent_format.spacial_downscale_ratio) == LATENTS[kind]
+
+
+def test_position_codes_are_made_when_the_dit_is_loaded():
+    codes = loaded("dit")[0].model.diffusion_model.pos_embed
+    assert codes.shape == (1, 64 * 64, 256) and torch.equal(codes.float(), position_codes().half().float())
+    with safe_open(WEIGHTS / "dit.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "pos_embed" in name]
 
 
 def test_the_weights_fit_into_the_repository():
@@ -66,12 +76,14 @@ def test_weights_are_halves_that_say_what_they_are(name):
 def test_hosts_that_fetch_weights_on_demand_can_load_it_anew(kind):
     """They do to train on it (`clone(disable_dynamic=True)`), and for each further device."""
     model, _, vae = loaded(kind)
-    for patcher in (model, vae.patcher):
+    # Pixels' VAE holds nothing, and the host offers no way to load it anew.
+    for patcher in (model,) if kind == "pixel" else (model, vae.patcher):
         factory, arguments = patcher.cached_patcher_init
         again = factory(*arguments, disable_dynamic=True)
         assert type(again) is comfy.model_patcher.ModelPatcher and again.model is not patcher.model
         assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), patcher.model.state_dict().values(), strict=True))
     again = model.cached_patcher_init[0](kind, disable_dynamic=True).model
+    assert type(again.latent_format) is type(model.model.latent_format)
     assert again.latent_format.latent_rgb_factors == model.model.latent_format.latent_rgb_factors
     assert is_flow(again.model_sampling) == is_flow(model.model.model_sampling)
 
@@ -96,7 +108,8 @@ def test_the_order_of_words_in_the_mean_does_not_matter(host_nodes, kind):
 def sampled(host_nodes, kind, text, side=4):
     model, clip, vae = loaded(kind)
     with torch.inference_mode():
-        latent = host_nodes.EmptyLatentImage().generate(side * 8, side * 8)[0]
+        channels, cell = LATENTS[kind]
+        latent = {"samples": torch.zeros(1, channels, side * 8 // cell, side * 8 // cell)}
         positive, negative = encoded(host_nodes, clip, text), encoded(host_nodes, clip, "")
         out = host_nodes.KSampler().sample(model, 1, 2, 4.0, "euler", "simple", positive, negative, latent)[0]
         return out["samples"], host_nodes.VAEDecode().decode(vae, out)[0]
@@ -105,7 +118,8 @@ def sampled(host_nodes, kind, text, side=4):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_hosts_nodes_sample_it(host_nodes, kind):
     latent, image = sampled(host_nodes, kind, "red bright")
-    assert latent.shape == (1, 16, 4, 4) and image.shape == (1, 32, 32, 3)
+    channels, cell = LATENTS[kind]
+    assert latent.shape == (1, channels, 32 // cell, 32 // cell) and image.shape == (1, 32, 32, 3)
     assert torch.isfinite(latent).all() and torch.isfinite(image).all() and image.min() >= 0 and image.max() <= 1
     assert torch.equal(latent, sampled(host_nodes, kind, "red bright")[0])
     assert not torch.allclose(latent, sampled(host_nodes, kind, "blue dark")[0])
@@ -118,7 +132,13 @@ def test_pictures_go_through_the_vae_and_back(host_nodes, kind):
     with torch.inference_mode():
         latent = vae.encode(image)
         again = vae.decode(latent)
-    assert latent.shape == (1, 16, 6, 8) and again.shape == (1, 48, 64, 3)
+    channels, cell = LATENTS[kind]
+    assert latent.shape == (1, channels, 48 // cell, 64 // cell) and again.shape == (1, 48, 64, 3)
+    if kind == "pixel":
+        # Up to the rounding of 2x - 1 and back.
+        torch.testing.assert_close(again, image, atol=1e-6, rtol=0)
+        assert latent.min() < 0 and torch.equal(model.model.latent_format.process_in(latent), latent)
+        return
     assert (again - image).abs().mean() < 0.1
     # Latents as the denoiser sees them have about unit deviation over natural pictures; the format is the one that training used.
     latent_format = model.model.latent_format
@@ -131,7 +151,7 @@ def test_latents_are_previewed(monkeypatch, kind):
     model = loaded(kind)[0]
     monkeypatch.setattr(latent_preview.args, "preview_method", LatentPreviewMethod.Latent2RGB)
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-    image = previewer.decode_latent_to_preview(torch.randn(1, 16, 6, 8, device=comfy.model_management.intermediate_device()))
+    image = previewer.decode_latent_to_preview(torch.randn(1, LATENTS[kind][0], 6, 8, device=comfy.model_management.intermediate_device()))
     assert image.size == (8, 6)
 
 

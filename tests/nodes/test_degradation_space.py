@@ -84,6 +84,29 @@ def test_the_result_has_the_size_of_the_picture(run_prompt, form, size):
     assert not torch.equal(image, values["picture"])
 
 
+def on_pixels(**changes):
+    """The restoration with the lab's model of pixels and its VAE in place of the tiny ones."""
+    prompt = restoration(weights=("new", 0), **changes) | {"tiny": node("MendLoadLabPrior", kind="pixel"), "nothing": node("CLIPTextEncode", clip=["tiny", 1], text="")}
+    for name in ("encode", "apply"):
+        prompt[name]["inputs"]["vae"] = ["tiny", 2]
+    prompt["sample"]["inputs"] |= {"positive": ["nothing", 0], "negative": ["nothing", 0]}
+    return prompt
+
+
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_on_a_model_of_pixels_the_latent_form_passes_no_vae(run_prompt, fine_tune):
+    values = given(shown=picture(2, 51, 74, 3)) | {"codes": codes()}
+    new = {"form": "latent", "fine_tune": fine_tune}
+    measured = run_prompt(on_pixels(new=new) | {"made": node("TestCapture", value=["new", 0])}, given=values).values["made"]
+    assert measured.config["cell"] == 1
+    values["weights"] = dataclasses.replace(measured, tensors={**measured.tensors, DEVIATION: torch.tensor(0.5)})
+    images = {strength: run_prompt(on_pixels(new=new, strength=strength) | {"new": node("TestGiven", name="weights")}, given=values).values["image"]
+              for strength in (0.0, 1.0)}
+    # Up to the rounding of 2x - 1 and back: nothing else stands between the picture and the result.
+    torch.testing.assert_close(images[0.0], values["picture"], atol=1e-6, rtol=0)
+    assert images[1.0].shape == (2, 51, 74, 3) and images[1.0].isfinite().all() and not torch.equal(*images.values())
+
+
 def test_an_empty_latent_serves_as_well(run_prompt):
     values = given()
     one, other = (run_prompt(restoration(encoded=encoded), given=values).values["image"] for encoded in (True, False))

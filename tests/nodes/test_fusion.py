@@ -19,8 +19,9 @@ given = FUSION.given
 
 @every_family
 def test_with_all_its_parts_a_fresh_fusion_is_the_model_itself(run_prompt, family):
-    prompt = fused(family, new={"preset": "published", "lora_rank": 4, "train_encoder": True})
-    assert torch.equal(latent(run_prompt(prompt, given=given(family))), latent(run_prompt(plain(family))))
+    prompts = [fused(family, new={"preset": "published", "lora_rank": 4, "train_encoder": True, "fine_tune": tuned}) for tuned in (False, True)]
+    alone = latent(run_prompt(plain(family)))
+    assert all(torch.equal(latent(run_prompt(prompt, given=given(family))), alone) for prompt in prompts)
 
 
 def test_both_starts_of_sampling(run_prompt):
@@ -43,6 +44,8 @@ def test_new_weights_say_what_they_are(run_prompt, family):
     weights = new(run_prompt, family, lora_rank=3, seed=2**64 - 1)
     assert weights.kind == "fusion" and weights.config == {"preset": "lite", "features": 32, "single": True, "rank": 3}
     assert {name.split(".")[0] for name in weights.tensors} == {"fusion", "diffusion_model"}
+    tuned = new(run_prompt, family, lora_rank=3, fine_tune=True)
+    assert tuned.config == weights.config | {"rank": 0, "fine_tune": True} and any(name.endswith(".diff") for name in tuned.tensors)
     other, same = (new(run_prompt, family, seed=5) for _ in range(2))
     assert not torch.equal(weights.tensors["fusion.latent_in.weight"], other.tensors["fusion.latent_in.weight"])
     assert all(torch.equal(tensor, same.tensors[name]) for name, tensor in other.tensors.items())
@@ -75,6 +78,8 @@ def test_what_new_refuses(run_prompt):
     assert "New Fusion: the new fusion for SD3 of depth 2 was made for SD3 of depth 2, and 'model' is UNet 32." in message
     message = failed_new(run_prompt, {"other": trained("sd15", rank=2)}, weights=["other", 0], lora_rank=3)
     assert "New Fusion: the new fusion for UNet 32 has a LoRA of rank 2 already. Set the rank to that, or to 0" in message
+    message = failed_new(run_prompt, {"other": trained("sd15", rank=2)}, weights=["other", 0], fine_tune=True)
+    assert "New Fusion: the new fusion for UNet 32 has a LoRA of rank 2, in the place of which fine_tune would be." in message
 
 
 # What Apply refuses

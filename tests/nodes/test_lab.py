@@ -33,8 +33,8 @@ def test_outputs_are_the_hosts_own_types(run_prompt, kind):
     prompt = {"lab": node("MendLoadLabPrior", kind=kind)} | {str(slot): node("TestCapture", value=["lab", slot]) for slot in range(3)}
     model, clip, vae = (value for _, value in sorted(run_prompt(prompt).values.items()))
     assert isinstance(model, comfy.model_patcher.ModelPatcher) and isinstance(clip, comfy.sd.CLIP) and isinstance(vae, comfy.sd.VAE)
-    assert is_flow(model.get_model_object("model_sampling")) == (kind == "dit")
-    assert model.get_model_object("latent_format").latent_channels == vae.latent_channels == 16
+    assert is_flow(model.get_model_object("model_sampling")) == (kind != "unet")
+    assert model.get_model_object("latent_format").latent_channels == vae.latent_channels == (3 if kind == "pixel" else 16)
 
 
 @pytest.mark.parametrize("kind", KINDS)

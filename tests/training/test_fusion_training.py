@@ -6,6 +6,7 @@ from torch.nn.functional import l1_loss
 
 from mend.model_patches.diffusion_adapter import lora_of
 from mend.model_patches.encoder_features import feature_channels
+from mend.model_patches.fine_tune import FINE_TUNE_RATE, FineTune
 from mend.model_patches.fusion_patch import grown, new_fusion
 from mend.model_patches.host import checkpointed_blocks, gradients, with_lora
 from mend.model_patches.lq_encoder import frozen_features
@@ -26,10 +27,10 @@ FAMILIES = ("sd15", "sd3", "flux", "wan")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def started(family, given, rank=2, learns=True, **settings):
+def started(family, given, rank=2, learns=True, fine_tune=False, **settings):
     """Weights that all have values, so that each has a gradient."""
-    weights = trained(family, rank=rank, **settings)
-    return grown(weights, given.model.model, given.vae, 0, learns, 0)
+    weights = trained(family, rank=0 if fine_tune else rank, **settings)
+    return grown(weights, given.model.model, given.vae, 0, learns, 0, fine_tune)
 
 
 def same(a, b):
@@ -111,6 +112,31 @@ def test_what_the_weights_hold_is_what_learns():
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in both.encoder.parameters()}
 
 
+@every_family
+def test_all_of_the_model_may_learn_in_place_of_a_lora(family):
+    given = models(family)
+    weights = started(family, given, fine_tune=True, learns=False)
+    assert weights.config["fine_tune"] and weights.config["rank"] == 0
+    trainee = FusionTrainee(weights, given)
+    assert isinstance(trainee.lora, FineTune)
+    groups = State(trainee, Settings(rate=1e-2)).optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([1e-2, 1e-2 * FINE_TUNE_RATE])
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in trainee.lora.parameters()}
+    base = {name: tensor.clone() for name, tensor in given.model.model.state_dict().items()}
+    with gradients(), trainee.attach(given):
+        trainee.loss(batch(2), generators(2))[0].backward()
+    moved = [bool(p.grad is not None and p.grad.any()) for p in trainee.lora.parameters()]
+    assert sum(moved) > 0.9 * len(moved) and same(given.model.model.state_dict(), base)
+
+
+def test_a_fusion_has_a_lora_or_a_fine_tune():
+    given = models("sd15")
+    with pytest.raises(ValueError, match="has a LoRA of rank 2, in the place of which fine_tune would be"):
+        grown(trained("sd15", rank=2), given.model.model, given.vae, 0, False, 0, True)
+    tuned = started("sd15", given, fine_tune=True, learns=False)
+    assert same(grown(tuned, given.model.model, given.vae, 8, False, 0).tensors, tuned.tensors), "it has what a LoRA would stand for"
+
+
 def test_the_second_stage_goes_on_from_the_first(tmp_path):
     given = models("sd15")
     first = started("sd15", given, rank=0, learns=False)
@@ -166,9 +192,10 @@ def test_a_fresh_one_learns_to_see():
     assert all(moved), "the last layers move first, and then what is behind them"
 
 
+@pytest.mark.parametrize("fine_tune", [False, True])
 @pytest.mark.parametrize("family", ["sd15", "flux"])
-def test_the_host_applies_what_was_trained(family):
-    trainee, _, given = stepped(family, steps=2, learns=False)
+def test_the_host_applies_what_was_trained(family, fine_tune):
+    trainee, _, given = stepped(family, steps=2, learns=False, fine_tune=fine_tune)
     with gradients(), torch.no_grad(), trainee.attach(given):
         z, e = trainee.denoising.encode(batch().clean), trainee.network.embed(trainee._features(batch().degraded))
         sigma = torch.tensor([0.6])
@@ -301,9 +328,9 @@ def test_another_vae_is_refused():
         FusionTrainee(odd, given)
 
 
-@pytest.mark.parametrize("config", [{"preset": "huge"}, {"ranks": 3}, {"rank": "8"}, {"seed": -1}, {"single": 1}, {"start": 5}, {"preset": ["lite"]}], ids=str)
+@pytest.mark.parametrize("config", [{"preset": "huge"}, {"ranks": 3}, {"rank": "8"}, {"seed": -1}, {"single": 1}, {"start": 5}, {"preset": ["lite"]}, {"fine_tune": "yes"}], ids=str)
 def test_new_ones_say_what_they_take(config):
-    with pytest.raises(ValueError, match=r"a new fusion takes preset \(published, lite\), rank, seed, train_encoder, single and start; found"):
+    with pytest.raises(ValueError, match=r"a new fusion takes preset \(published, lite\), rank, seed, train_encoder, fine_tune, single and start; found"):
         fresh_fusion(models("sd15"), config)
 
 
@@ -311,5 +338,7 @@ def test_new_ones_from_a_configuration():
     given = models("sd15")
     weights = KINDS["fusion"].new(given, {"preset": "published", "rank": 2, "seed": 3, "single": False})
     assert weights.config == {"preset": "published", "features": 32, "single": False, "rank": 2}
+    tuned = KINDS["fusion"].new(given, {"rank": 2, "fine_tune": True})
+    assert tuned.config == {"preset": "lite", "features": 32, "single": True, "rank": 0, "fine_tune": True}
     with pytest.raises(ValueError, match="a new fusion needs a model and its VAE."):
         fresh_fusion(Models(given.model), {})

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .framing import pad_to, resize
-from .host import encode_pictures
+from .host_vae import encode_pictures
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

@@ -12,7 +12,7 @@ from .daem import DetailExperts
 from .detail_experts import check_fit, inference_patcher
 from .experts import KERNELS, Routed
 from .framing import pad_to
-from .host import decode_with
+from .host_vae import decode_with
 from .vae_sites import VaeSite, decoder_layer, skips
 from .weights_file import Weights
 from .window_grid import Windows

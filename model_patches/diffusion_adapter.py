@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anatomy import self_attention
-from .host import with_lora
+from .host_lora import with_lora
 from .weights_file import Weights
 
 if TYPE_CHECKING:

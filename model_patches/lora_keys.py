@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .host import LoraTarget, convert_lora, layer_shape, lora_targets
+from .host_lora import LoraTarget, convert_lora, layer_shape, lora_targets
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel

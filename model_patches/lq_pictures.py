@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .host import latent_frames, video_pictures
+from .host_vae import latent_frames, video_pictures
 
 if TYPE_CHECKING:
     from comfy.sd import VAE

@@ -9,7 +9,8 @@ from torch import Tensor
 import comfy.utils
 import folder_paths
 
-from .host import LatentEncoder, plain
+from .host_gradients import plain
+from .host_vae import LatentEncoder
 
 # torchvision's VGG16 up to relu2_2: convolutions at these places, a pooling after the second.
 VGG_LAYERS = (0, 2, 5, 7)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .host import LatentEncoder, float_copy, gradients
+from .host_gradients import gradients
+from .host_vae import LatentEncoder, float_copy
 from .weights_file import part_of
 
 if TYPE_CHECKING:

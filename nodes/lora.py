@@ -8,7 +8,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..model_patches.host import with_lora
+from ..model_patches.host_lora import with_lora
 from ..model_patches.lora_keys import is_text_encoder_key, native_lora
 
 if TYPE_CHECKING:

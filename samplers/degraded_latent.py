@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model_patches.framing import pad_to
-from ..model_patches.host import encode_video, latent_frames, video_pictures
+from ..model_patches.host_vae import encode_video, latent_frames, video_pictures
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

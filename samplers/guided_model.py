@@ -7,25 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model_patches.host import (
-    OUT_OF_MEMORY,
-    LatentEncoder,
-    PixelDecoder,
-    WrappersMP,
-    add_run_wrappers,
+from ..model_patches.host import OUT_OF_MEMORY, WrappersMP, add_run_wrappers, is_flow, load_with, reraise_unless_out_of_memory, reserve
+from ..model_patches.host_gradients import (
     casting_layers,
     copied_weights,
     differentiable_attention,
     gradients,
-    is_flow,
-    is_quantised,
-    load_with,
     plain,
     plain_weights,
-    reraise_unless_out_of_memory,
-    reserve,
     unshared_norm_inputs,
 )
+from ..model_patches.host_lora import is_quantised
+from ..model_patches.host_vae import LatentEncoder, PixelDecoder
 from .alignment import Alignment
 from .posterior_guidance import NODE, Posterior, PosteriorRun, row_seed
 from .quality import Quality

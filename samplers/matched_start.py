@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..model_patches.framing import pad_to
-from ..model_patches.host import encode_pictures, initial_noise, is_flow
+from ..model_patches.host import initial_noise, is_flow
+from ..model_patches.host_vae import encode_pictures
 from .bridge import Path
 from .first_guess import noise_level
 

@@ -16,17 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model_patches.host import (
-    OUT_OF_MEMORY,
-    LatentEncoder,
-    PixelDecoder,
-    gradients,
-    interrupt_point,
-    model_time,
-    noise_to_signal,
-    reraise_unless_out_of_memory,
-    signal_level,
-)
+from ..model_patches.host import OUT_OF_MEMORY, interrupt_point, model_time, noise_to_signal, reraise_unless_out_of_memory, signal_level
+from ..model_patches.host_gradients import gradients
+from ..model_patches.host_vae import LatentEncoder, PixelDecoder
 from ..model_patches.perceptual import Perceptual
 from .alignment import Alignment, AlignmentRun, Window, cut
 from .first_guess import known_degradation

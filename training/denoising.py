@@ -9,17 +9,9 @@ from torch import Tensor, nn
 
 from ..model_patches.diffusion_adapter import DiffusionAdapter
 from ..model_patches.fine_tune import FineTune
-from ..model_patches.host import (
-    batched_conds,
-    encode_pictures,
-    evaluate,
-    is_flow,
-    keep_loaded_for_training,
-    loaded_for_training,
-    model_conds,
-    output_slope,
-    unshared_norm_inputs,
-)
+from ..model_patches.host import batched_conds, evaluate, is_flow, keep_loaded_for_training, loaded_for_training, model_conds, output_slope
+from ..model_patches.host_gradients import unshared_norm_inputs
+from ..model_patches.host_vae import encode_pictures
 from .trainee import Models
 
 SMALLEST_FLOW_TIME = 1e-3

@@ -20,7 +20,8 @@ from ..model_patches.daem import SIZES, DetailExperts
 from ..model_patches.detail_decoder import MEMORY_FACTOR, ExpertRun
 from ..model_patches.detail_experts import DAEM, LARGEST_WINDOW, LATENTS, SIGNATURE, WINDOW_STEP, check_fit, known_settings, new_weights
 from ..model_patches.experts import KERNELS, balance
-from ..model_patches.host import BACKWARD_FACTOR, float_copy, make_room, trained_operations
+from ..model_patches.host import make_room, trained_operations
+from ..model_patches.host_vae import BACKWARD_FACTOR, float_copy
 from ..model_patches.perceptual import Perceptual, vgg16_weights
 from ..model_patches.vae_sites import skips
 from ..model_patches.weights_file import Weights, part_of

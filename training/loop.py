@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.amp import autocast
 
-from ..model_patches.host import INTERRUPTED, checkpointed_blocks, gradients, interrupt_point, weights_fingerprint
+from ..model_patches.host import INTERRUPTED, interrupt_point, weights_fingerprint
+from ..model_patches.host_checkpoints import checkpointed_blocks
+from ..model_patches.host_gradients import gradients
 from .checkpoint import Checkpoint, RunFolder
 from .feed import Feed, Pairs, feeding
 from .processes import ALONE, Processes

@@ -30,7 +30,8 @@ from ...lab.pictures import Pictures  # noqa: E402
 from ...lab.prior import load_lab_prior  # noqa: E402
 from ...lab.vocabulary import describe  # noqa: E402
 from ...model_patches.adapter_patch import new_weights  # noqa: E402
-from ...model_patches.host import gradients, weights_fingerprint  # noqa: E402
+from ...model_patches.host import weights_fingerprint  # noqa: E402
+from ...model_patches.host_gradients import gradients  # noqa: E402
 from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
 from ...samplers.degraded_latent import DegradedLatent  # noqa: E402
 from ...samplers.matched_start import MatchedStart, latent_noise  # noqa: E402

@@ -27,7 +27,8 @@ from ...model_patches.degradation_estimator import findings, mixed_tokens  # noq
 from ...model_patches.degradation_model import DEVIATION, KIND, new_weights  # noqa: E402
 from ...model_patches.degradation_tokenizer import KIND as TOKENIZER  # noqa: E402
 from ...model_patches.degradation_tokenizer import SIZES, check_fit  # noqa: E402
-from ...model_patches.host import gradients, weights_fingerprint  # noqa: E402
+from ...model_patches.host import weights_fingerprint  # noqa: E402
+from ...model_patches.host_gradients import gradients  # noqa: E402
 from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.degradation_model import DegradationTrainee, ResidualDenoising  # noqa: E402

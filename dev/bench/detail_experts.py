@@ -30,7 +30,7 @@ from ...model_patches.daem import SIZES  # noqa: E402
 from ...model_patches.detail_decoder import ExpertRun  # noqa: E402
 from ...model_patches.detail_experts import inference_patcher, new_weights  # noqa: E402
 from ...model_patches.experts import KERNELS  # noqa: E402
-from ...model_patches.host import gradients  # noqa: E402
+from ...model_patches.host_gradients import gradients  # noqa: E402
 from ...model_patches.vae_sites import skips, vae_anatomy  # noqa: E402
 from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402

@@ -44,7 +44,8 @@ TASKS = {
     "low light": recipe_of({"low light": 2}), "haze and noise": recipe_of({"haze": 2, "gaussian noise": 2}),
 }  # fmt: skip
 DAFF, WITHOUT_SINGLE, ADAPTER = "DAFF", "DAFF without the single stream", "adapter"
-METHODS = (ADAPTER, DAFF, WITHOUT_SINGLE)
+WHOLE = "DAFF and the whole denoiser"
+METHODS = (ADAPTER, DAFF, WITHOUT_SINGLE, WHOLE)
 RANK, CROP, BATCH, RATE, STEPS = 8, 128, 8, 3e-3, 1500
 SAMPLING_STEPS = 10
 TRAINED = report.PACK / "lab" / "trained"
@@ -95,15 +96,17 @@ class FusionLab(Lab):
         model = self.models.model.model
         if run.method == ADAPTER:
             return RestorationAdapterTrainee(weights or new_weights(model, "small", RANK, seed=0), self.models)
-        fresh = new_fusion(model, self.channels, "lite", seed=0, single=run.method == DAFF)
-        return RememberingFusion(weights or grown(fresh, model, self.models.vae, RANK, False, seed=0), self.models, self.seen)
+        fresh = new_fusion(model, self.channels, "lite", seed=0, single=run.method != WITHOUT_SINGLE)
+        return RememberingFusion(weights or grown(fresh, model, self.models.vae, RANK, False, seed=0, fine_tune=run.method == WHOLE), self.models, self.seen)
 
     def trained(self, run: Run) -> RestorationAdapterTrainee:
         """Train, or go on, or take what an earlier run trained."""
         trainee = self.trainee(run)
         pairs = SamePairs(good_folder(training_pictures()), list(TASKS.values()), crop=CROP)
         settings = Settings(steps=self.steps, batch=BATCH, rate=run.rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
-        folder = open_run(HOME / "bench" / "fusion", run.name, describe_run(trainee, pairs, self.models, settings), self.steps)
+        # What other code trained is not what this code would.
+        description = describe_run(trainee, pairs, self.models, settings) | {"code": report.fingerprint()}
+        folder = open_run(HOME / "bench" / "fusion", run.name, description, self.steps)
         result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))
         for remembering in (self.models.vae, self.seen):
             remembering.save()
@@ -150,6 +153,8 @@ def rows(lab: FusionLab, results: report.Results, scenes: Sequence[str] = tuple(
          methods: Sequence[str] = METHODS, tasks: Sequence[str] = tuple(TASKS), rate: float = RATE) -> list[dict[str, Any]]:
     """Train what is needed and evaluate it: a row for every task and method, and one for the damaged picture itself.
 
+    Where nothing is to be measured, methods that are not there are left out.
+
     Args:
         lab: one prior.
         results: rows that are measured already.
@@ -162,6 +167,7 @@ def rows(lab: FusionLab, results: report.Results, scenes: Sequence[str] = tuple(
         missing = [task for task in tasks if _key(run.name, lab, task, scenes, seeds) not in results.rows]
         if not missing:
             found += [_row(results, lab, method, task, scenes, seeds, run, None) for task in tasks]
+        if not missing or not results.measure:
             continue
         trainee = lab.trained(run)
         count = sum(p.numel() for p in trainee.parameters())

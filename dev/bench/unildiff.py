@@ -20,7 +20,8 @@ SUMMARY = ("method", "decode", "prior", "psnr", "gain", "ssim", "haarpsi", "gmsd
 INTRODUCTION = """## UniLDiff: `python dev bench unildiff --prior {prior}`
 
 A small-scale reproduction on the lab prior (lab/README.md). One set of weights for {tasks}. Fusion and the adapter: {fusion_steps} steps of
-{fusion_batch} crops of {fusion_crop} px, sampled from pure noise in {sampling} Euler steps without a prompt. Detail experts are those that come with the
+{fusion_batch} crops of {fusion_crop} px with LoRA of rank {rank} or, where it says so, with all weights of the denoiser at a tenth of the rate; sampled from
+pure noise in {sampling} Euler steps without a prompt. Detail experts are those that come with the
 pack; what others reach with their budget, who of them works where and what they cost print `python dev bench detail_experts` and its option `--alone`.
 Four scenes, seeds as named; PSNR in dB, GMSD is better when smaller. The column gain is PSNR less that of the plain decode of the same
 latents. Latents "of the clean picture" are what no restorer can do better than: the plain decode of them is the ceiling that the VAE sets to all others.
@@ -128,16 +129,16 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     """Train, evaluate, print, and write the evidence of a full run."""
     options = _options()
+    results = report.Results(report.results_file("unildiff"), measure=not options.measured)
     if options.train:
         train_only(options)
         return
-    results = report.Results(report.results_file("unildiff"), measure=not options.measured)
     rows = quick(options, results) if options.quick else measured(options, results)
     parts = tables(rows)
     report.say("\n".join(parts))
     if not options.quick:
         introduction = INTRODUCTION.format(prior=" ".join(options.prior), tasks=", ".join(fusion.TASKS), fusion_steps=options.steps,
-                                           fusion_batch=fusion.BATCH, fusion_crop=fusion.CROP, sampling=fusion.SAMPLING_STEPS)
+                                           fusion_batch=fusion.BATCH, fusion_crop=fusion.CROP, rank=fusion.RANK, sampling=fusion.SAMPLING_STEPS)
         report.write_section("unildiff", "\n".join([introduction, *parts]))
         report.keep_rows(results)
     if options.json:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from mend.model_patches.host import checkpointed_blocks, evaluate, gradients, loaded_for_training, model_conds, unshared_norm_inputs
+from mend.model_patches.host import evaluate, loaded_for_training, model_conds
+from mend.model_patches.host_checkpoints import checkpointed_blocks
+from mend.model_patches.host_gradients import gradients, unshared_norm_inputs
 from mend.tests import tiny_models
 
 SIGMA = 0.4

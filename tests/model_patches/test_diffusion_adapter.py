@@ -8,7 +8,7 @@ import comfy.quant_ops
 import comfy.sd
 from mend.model_patches.anatomy import self_attention
 from mend.model_patches.diffusion_adapter import DiffusionAdapter, LoraLayer, lora_of, lora_tensors
-from mend.model_patches.host import with_lora
+from mend.model_patches.host_lora import with_lora
 from mend.tests.model_patches.adapters import applied, base, fresh, lq, sampled, trained
 from mend.tests.tiny_models import FAMILIES, model
 

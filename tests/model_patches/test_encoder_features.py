@@ -8,7 +8,7 @@ import comfy.sd
 import comfy.utils
 from mend.lab.prior import WEIGHTS
 from mend.model_patches.encoder_features import feature_channels, feature_vae, features
-from mend.model_patches.host import gradients
+from mend.model_patches.host_gradients import gradients
 from mend.model_patches.lq_encoder import LQEncoder, check_vae, frozen_features, lq_encoder_tensors, lq_features
 from mend.model_patches.robust_encoder import ENCODER
 from mend.tests import tiny_models

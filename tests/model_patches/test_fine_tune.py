@@ -5,7 +5,7 @@ import torch
 
 from mend.model_patches.diffusion_adapter import lora_of
 from mend.model_patches.fine_tune import FineTune
-from mend.model_patches.host import with_lora
+from mend.model_patches.host_lora import with_lora
 from mend.model_patches.weights_file import Weights
 from mend.tests.model_patches.adapters import base, sampled
 from mend.tests.tiny_models import FAMILIES

@@ -6,7 +6,7 @@ import torch
 import comfy.samplers
 from mend.model_patches.diffusion_adapter import lora_of
 from mend.model_patches.fusion_patch import check_fit
-from mend.model_patches.host import with_lora
+from mend.model_patches.host_lora import with_lora
 from mend.model_patches.weights_file import Weights
 from mend.tests.model_patches import adapters
 from mend.tests.model_patches.adapters import base, placed, sampled

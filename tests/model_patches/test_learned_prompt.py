@@ -11,18 +11,10 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel
 from mend.model_patches import learned_prompt_patch
 from mend.model_patches.anatomy import anatomy_of
 from mend.model_patches.diffusion_adapter import DiffusionAdapter
-from mend.model_patches.host import (
-    WrappersMP,
-    checkpointed_blocks,
-    evaluate,
-    for_training,
-    gradients,
-    loaded_for_training,
-    reserve,
-    sample_schedule,
-    unshared_norm_inputs,
-    with_lora,
-)
+from mend.model_patches.host import WrappersMP, evaluate, for_training, loaded_for_training, reserve, sample_schedule
+from mend.model_patches.host_checkpoints import checkpointed_blocks
+from mend.model_patches.host_gradients import gradients, unshared_norm_inputs
+from mend.model_patches.host_lora import with_lora
 from mend.model_patches.learned_prompt import LearnedPrompt, attention_modules, check_fit, new_prompt, prompt_width
 from mend.model_patches.learned_prompt_patch import AVERAGE, SUM, attach_blend, attach_prompt
 from mend.model_patches.percents import percent_of

@@ -14,7 +14,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
-from mend.model_patches.host import LoraTarget, layer_shape, lora_targets
+from mend.model_patches.host_lora import LoraTarget, layer_shape, lora_targets
 from mend.model_patches.lora_keys import is_text_encoder_key, lora_names, native_lora
 from mend.tests import tiny_models
 from mend.tests.samplers import tiny_guidance

@@ -8,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 from mend.lab.prior import WEIGHTS
-from mend.model_patches.host import LatentEncoder
+from mend.model_patches.host_vae import LatentEncoder
 from mend.model_patches.perceptual import VGG_LAYERS, Perceptual, vgg16_weights
 
 

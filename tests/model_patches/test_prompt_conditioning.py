@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mend.dev.bench.full_size import FULL_SIZE
-from mend.model_patches.host import batched_conds, evaluate, for_training, gradients, loaded_for_training, model_conds, unshared_norm_inputs
+from mend.model_patches.host import batched_conds, evaluate, for_training, loaded_for_training, model_conds
+from mend.model_patches.host_gradients import gradients, unshared_norm_inputs
 from mend.model_patches.prompt_conditioning import (
     PromptConditioning,
     check_fit,

@@ -9,7 +9,7 @@ import comfy.memory_management
 from mend.model_patches.adapter_patch import check_fit, expected_tensors, inference_patcher
 from mend.model_patches.anatomy import anatomy_of
 from mend.model_patches.diffusion_adapter import lora_of
-from mend.model_patches.host import with_lora
+from mend.model_patches.host_lora import with_lora
 from mend.model_patches.restoration_adapter import adapter_sites
 from mend.tests.model_patches.adapters import NODE, applied, base, fresh, lq, sampled, trained
 from mend.tests.tiny_models import FAMILIES, model

@@ -7,7 +7,8 @@ import comfy.sd
 import comfy.utils
 from comfy.ldm.wan.vae import WanVAE
 from mend.lab.prior import WEIGHTS as LAB
-from mend.model_patches.host import encode_pictures, float_copy, gradients
+from mend.model_patches.host_gradients import gradients
+from mend.model_patches.host_vae import encode_pictures, float_copy
 from mend.model_patches.robust_encoder import ENCODER, RobustEncoder, encoder_tensors, with_encoder
 from mend.model_patches.weights_file import Weights, load_weights, save_weights
 from mend.tests.model_patches.adapters import base

@@ -3,7 +3,8 @@
 import torch
 
 import comfy.model_management
-from mend.model_patches.host import gradients, loaded_for_training, weights_fingerprint
+from mend.model_patches.host import loaded_for_training, weights_fingerprint
+from mend.model_patches.host_gradients import gradients
 from mend.tests import tiny_models
 
 LAYER = "diffusion_model.middle_block.1.proj_in"

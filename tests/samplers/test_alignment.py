@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mend.model_patches.host import LatentEncoder, plain_weights
+from mend.model_patches.host_gradients import plain_weights
+from mend.model_patches.host_vae import LatentEncoder
 from mend.model_patches.perceptual import Perceptual
 from mend.samplers.alignment import Alignment, AlignmentRun, cut
 from mend.samplers.first_guess import known_degradation

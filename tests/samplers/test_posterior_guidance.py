@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import comfy.model_management
-from mend.model_patches.host import OUT_OF_MEMORY, PixelDecoder, model_time
+from mend.model_patches.host import OUT_OF_MEMORY, model_time
+from mend.model_patches.host_vae import PixelDecoder
 from mend.samplers.posterior_guidance import MISFIT, Posterior, row_seed
 from mend.samplers.quality import Quality, quality_loss
 from mend.tests.samplers.tiny_guidance import ALIGNMENT, CELL, QUALITY, SIDE, STILL, model, pictures, posterior_run, vae_of

@@ -10,7 +10,7 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models
-from mend.model_patches.host import LatentEncoder, PixelDecoder
+from mend.model_patches.host_vae import LatentEncoder, PixelDecoder
 from mend.samplers.alignment import Alignment
 from mend.samplers.guided_model import GuidedModel
 from mend.samplers.posterior_guidance import Posterior, PosteriorRun

@@ -7,7 +7,8 @@ import comfy.memory_management
 import comfy.model_management
 import comfy.sample
 from mend.model_patches.diffusion_adapter import lora_of
-from mend.model_patches.host import gradients, with_lora
+from mend.model_patches.host_gradients import gradients
+from mend.model_patches.host_lora import with_lora
 from mend.model_patches.robust_encoder import ENCODER
 from mend.model_patches.weights_file import Weights
 from mend.tests.model_patches.adapters import applied, fresh, trained

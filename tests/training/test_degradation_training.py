@@ -10,7 +10,9 @@ from mend.degradations.recipe import Recipe
 from mend.degradations.visual_ground import visual_ground
 from mend.model_patches.degradation_model import DEVIATION
 from mend.model_patches.degraded_picture import Residuals
-from mend.model_patches.host import checkpointed_blocks, for_training, gradients
+from mend.model_patches.host import for_training
+from mend.model_patches.host_checkpoints import checkpointed_blocks
+from mend.model_patches.host_gradients import gradients
 from mend.tests.model_patches.degradation_models import codes, fresh, removed, sampled, trained
 from mend.tests.training import tiny_training
 from mend.tests.training.picture_files import fill

@@ -8,7 +8,8 @@ import torch
 import comfy.model_sampling
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete
 from mend.model_patches import host
-from mend.model_patches.host import for_training, gradients, output_slope, unshared_norm_inputs
+from mend.model_patches.host import for_training, output_slope
+from mend.model_patches.host_gradients import gradients, unshared_norm_inputs
 from mend.tests.model_patches.adapters import FLOWS
 from mend.tests.tiny_models import FAMILIES, latent_shape, model
 from mend.tests.training.tiny_training import Words, generators

@@ -7,7 +7,8 @@ from torch.nn.functional import avg_pool2d
 import comfy.model_management
 from mend.model_patches.detail_decoder import decode_with_experts
 from mend.model_patches.detail_experts import SIGNATURE
-from mend.model_patches.host import BACKWARD_FACTOR, gradients
+from mend.model_patches.host_gradients import gradients
+from mend.model_patches.host_vae import BACKWARD_FACTOR
 from mend.model_patches.weights_file import Weights
 from mend.tests.model_patches.detail_experts import made, pictures, trained
 from mend.tests.training.dummies import Watcher, same

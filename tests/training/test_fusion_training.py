@@ -8,7 +8,9 @@ from mend.model_patches.diffusion_adapter import lora_of
 from mend.model_patches.encoder_features import feature_channels
 from mend.model_patches.fine_tune import FINE_TUNE_RATE, FineTune
 from mend.model_patches.fusion_patch import grown, new_fusion
-from mend.model_patches.host import checkpointed_blocks, gradients, with_lora
+from mend.model_patches.host_checkpoints import checkpointed_blocks
+from mend.model_patches.host_gradients import gradients
+from mend.model_patches.host_lora import with_lora
 from mend.model_patches.lq_encoder import frozen_features
 from mend.model_patches.robust_encoder import ENCODER
 from mend.model_patches.weights_file import Weights, save_weights

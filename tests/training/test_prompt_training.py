@@ -5,7 +5,8 @@ import torch
 
 import comfy.model_management
 from mend.model_patches import prompt_conditioning
-from mend.model_patches.host import checkpointed_blocks, gradients
+from mend.model_patches.host_checkpoints import checkpointed_blocks
+from mend.model_patches.host_gradients import gradients
 from mend.model_patches.prompt_conditioning import new_conditioning
 from mend.model_patches.weights_file import Weights
 from mend.samplers.bridge import Bridge, bridge_sigmas

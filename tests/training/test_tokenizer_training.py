@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mend.model_patches.host import gradients
+from mend.model_patches.host_gradients import gradients
 from mend.tests.training.dummies import Watcher, same
 from mend.tests.training.picture_files import JPEG, NOISE
 from mend.tests.training.tiny_tokenizer import TINY, batch, tokenizer

@@ -32,7 +32,7 @@ from ...lab.vocabulary import describe  # noqa: E402
 from ...model_patches.adapter_patch import new_weights  # noqa: E402
 from ...model_patches.host import weights_fingerprint  # noqa: E402
 from ...model_patches.host_gradients import gradients  # noqa: E402
-from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
+from ...model_patches.weights_file import Weights  # noqa: E402
 from ...samplers.degraded_latent import DegradedLatent  # noqa: E402
 from ...samplers.matched_start import MatchedStart, latent_noise  # noqa: E402
 from ...samplers.restoration_guidance import Restoration, RestorationGuidance  # noqa: E402
@@ -45,6 +45,7 @@ from ...training.state import Validation  # noqa: E402
 from ...training.trainee import Models  # noqa: E402
 from . import report  # noqa: E402
 from .controlnet import ControlNetTrainee  # noqa: E402
+from .published import TRAINED, full_weights, store, weights_of  # noqa: E402
 from .remembered import RememberingVAE, SamePairs  # noqa: E402
 from .scenes import SCENES, figures, mean, over_scenes, seeded  # noqa: E402
 
@@ -61,7 +62,6 @@ RATES = (3e-4, 1e-3, 3e-3)
 SAMPLING_STEPS = 10
 MATCHED_STEPS, LEAST_NOISE = 4, 0.1
 PICTURES = 1200
-TRAINED = report.PACK / "lab" / "trained"
 HOME = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
 METHODS = {"adapter + LoRA": ("small", RANK), "adapter": ("small", 0), "LoRA": ("none", RANK)}
 CONTROLNET = "ControlNet"
@@ -301,10 +301,7 @@ def publish(lab: Lab, run: Run) -> None:
     """Store trained weights in half precision where the pack's own weights lie."""
     trainee = lab.trained(run)
     name = {NOISE: "noise", MIXTURE: "real_esrgan"}[run.degradation]
-    file = TRAINED / f"{name}_{run.prior}.safetensors"
-    file.unlink(missing_ok=True)
-    tensors = {key: tensor.detach().half() if tensor.ndim else tensor for key, tensor in trainee.state_dict().items()}
-    save_weights(Weights(trainee.kind, trainee.family, trainee.config, tensors), file)
+    store(weights_of(trainee), TRAINED / f"{name}_{run.prior}.safetensors")
 
 
 def quick_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -318,8 +315,7 @@ def quick_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             lab, run = Lab(prior, 0), Run(prior, degradation, BEST, 0.0)
             results = report.Results(HOME / "bench" / f"adapter-quick-{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}-{report.fingerprint()}.jsonl")
             rows += plain_rows(results, lab, degradation, options)
-            weights = load_weights(file)
-            full = Weights(weights.kind, weights.family, weights.config, {k: v.float() for k, v in weights.tensors.items()})
+            full = full_weights(file)
             rows.append(row_of(results, lab, run, BEST, options, Way(), lambda lab=lab, run=run, full=full: lab.trainee(run, full)))
     return rows
 

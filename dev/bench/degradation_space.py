@@ -24,12 +24,12 @@ from ...degradations.visual_ground import visual_ground  # noqa: E402
 from ...lab.prior import load_lab_prior  # noqa: E402
 from ...model_patches.degradation_estimator import KIND as ESTIMATOR  # noqa: E402
 from ...model_patches.degradation_estimator import findings, mixed_tokens  # noqa: E402
-from ...model_patches.degradation_model import DEVIATION, KIND, new_weights  # noqa: E402
+from ...model_patches.degradation_model import DEVIATION, new_weights  # noqa: E402
 from ...model_patches.degradation_tokenizer import KIND as TOKENIZER  # noqa: E402
 from ...model_patches.degradation_tokenizer import SIZES, check_fit  # noqa: E402
 from ...model_patches.host import weights_fingerprint  # noqa: E402
 from ...model_patches.host_gradients import gradients  # noqa: E402
-from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
+from ...model_patches.weights_file import Weights, load_weights  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.degradation_model import DegradationTrainee, ResidualDenoising  # noqa: E402
 from ...training.denoising import Denoising  # noqa: E402
@@ -63,13 +63,13 @@ from .degradation_findings import (  # noqa: E402
     evidence,
 )
 from .degradation_oracle import COMPOSITE, RECIPES, TASKS, degraded  # noqa: E402
+from .published import TRAINED, full_weights, store, weights_of  # noqa: E402
 from .remembered import FewPairs, RememberingEncoder, RememberingVAE  # noqa: E402
 from .scenes import SCENES, figures, mean, over_scenes, seeded  # noqa: E402
 
 SEEDS = (0, 1, 2)
 RANK, CROP, STEPS, RATE = 32, 128, 1000, 1e-3
 SAMPLING_STEPS = 10
-TRAINED = report.PACK / "lab" / "trained"
 HOME = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
 CHART = 11
 # As Estimate Visual Instruction has it.
@@ -362,8 +362,7 @@ def published(prior: str) -> dict[str, Weights]:
     for form, method in PUBLISHED.items():
         file = _file(prior, form)
         if file.exists():
-            weights = load_weights(file)
-            found[method] = Weights(KIND, weights.family, weights.config, {name: tensor.float() for name, tensor in weights.tensors.items()}, file.name)
+            found[method] = full_weights(file)
     return found
 
 
@@ -371,11 +370,9 @@ def publish(lab: Lab, steps: int, forms: list[str]) -> None:
     """Train, or go on, and store the weights in half precision where the pack's own lie."""
     for form in forms:
         trainee = lab.trained(Run(lab.prior, PUBLISHED[form], steps))
-        tensors = {name: tensor.detach().half() if tensor.ndim else tensor for name, tensor in trainee.state_dict().items()}
-        assert float(tensors[DEVIATION]) > 0
-        file = _file(lab.prior, form)
-        file.unlink(missing_ok=True)
-        save_weights(Weights(KIND, trainee.family, trainee.config, tensors), file)
+        weights, file = weights_of(trainee), _file(lab.prior, form)
+        assert float(weights.tensors[DEVIATION]) > 0
+        store(weights, file)
         report.say(f"{file.name}: {steps} steps")
 
 

@@ -28,7 +28,7 @@ from ...lab.photographs import TRAINING, training_photographs  # noqa: E402
 from ...model_patches import degradation_tokenizer as tokenizer  # noqa: E402
 from ...model_patches.degradation_estimator import findings  # noqa: E402
 from ...model_patches.degraded_picture import reframed  # noqa: E402
-from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
+from ...model_patches.weights_file import Weights, load_weights  # noqa: E402
 from ...training import kinds  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.degradation_estimator import new_estimator  # noqa: E402
@@ -41,13 +41,14 @@ from ...training.sources import good_folder  # noqa: E402
 from ...training.trainee import Models  # noqa: E402
 from . import report  # noqa: E402
 from .adapter import HOME, Watcher, training_pictures  # noqa: E402
+from .published import TRAINED, halved, store  # noqa: E402
 
 NODE = "python dev bench"
 STEPS, ESTIMATOR_STEPS = 900, 500
 BATCH, RATE, EMA = 4, 2e-3, 0.99
 ESTIMATOR_BATCH, ESTIMATOR_RATE, ESTIMATOR_CROP = 16, 2e-3, 128
 RUNS = HOME / "bench" / "tokenizer"
-FILES = {kind: report.PACK / "lab" / "trained" / f"{kind}.safetensors" for kind in ("degradation_tokenizer", "degradation_estimator")}
+FILES = {kind: TRAINED / f"{kind}.safetensors" for kind in ("degradation_tokenizer", "degradation_estimator")}
 FEW, PHOTOGRAPH = ("astronaut.png", "chelsea.png", "rocket.jpg"), 256
 
 
@@ -86,17 +87,6 @@ def train_estimator(trained: Weights, steps: int, folder: Path = RUNS, minutes: 
     """Train the lab estimator of a trained tokenizer likewise."""
     plan = Plan(ESTIMATOR_CROP, ESTIMATOR_BATCH, ESTIMATOR_RATE, steps, minutes, seed)
     return _trained(new_estimator(trained, seed, NODE), plan, folder, f"estimator {tokenizer.fingerprint(trained)[:8]}")
-
-
-def halved(weights: Weights) -> Weights:
-    """Return weights in half precision, as the pack's own are stored."""
-    return Weights(weights.kind, weights.family, weights.config, {name: tensor.half() for name, tensor in weights.tensors.items()}, weights.name)
-
-
-def publish(weights: Weights, file: Path) -> None:
-    """Store weights in half precision in place of a file."""
-    file.unlink(missing_ok=True)
-    save_weights(halved(weights), file)
 
 
 def separation(weights: Weights, layouts: int = 8, first: int = 10**6, scales: tuple[Scale, ...] = SCALES) -> dict[str, float]:
@@ -211,7 +201,7 @@ def main() -> None:
         report.say(f"  {name}: {value:.3g}")
     if options.publish and not options.quick:
         for weights in (codes, estimator):
-            publish(weights, FILES[weights.kind])
+            store(weights, FILES[weights.kind])
     if options.json:
         report.say(json.dumps(found))
 

@@ -32,7 +32,7 @@ from ...model_patches.detail_experts import inference_patcher, new_weights  # no
 from ...model_patches.experts import KERNELS  # noqa: E402
 from ...model_patches.host_gradients import gradients  # noqa: E402
 from ...model_patches.vae_sites import skips, vae_anatomy  # noqa: E402
-from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
+from ...model_patches.weights_file import Weights  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.detail_experts import DetailExpertsTrainee  # noqa: E402
 from ...training.loop import describe_run, train  # noqa: E402
@@ -45,13 +45,13 @@ from .adapter import HOME, Watcher, training_pictures  # noqa: E402
 from .fusion import TASKS, evaluated  # noqa: E402
 from .ld_rps import RECIPES as ZERO_SHOT  # noqa: E402
 from .nafnet import NAFNetTrainee  # noqa: E402
+from .published import TRAINED, full_weights, store, weights_of  # noqa: E402
 from .scenes import SCENES  # noqa: E402
 from .zero_shot import Prior, restore  # noqa: E402
 
 # Crops of one window: what is learned is what a window does, and no time goes into fading.
 SIZE, WINDOW, CROP, BATCH, RATE, STEPS = "lite", 64, 64, 8, 1e-3, 2000
 SEEDS = (0, 1, 2)
-TRAINED = report.PACK / "lab" / "trained"
 FILE = TRAINED / "detail_experts.safetensors"
 EXPERTS, WITHOUT_LATENT, NAFNET = "DAEM", "DAEM, latent zeroed", "NAFNet on LQ alone"
 # Tasks that the zero-shot method has a recipe for.
@@ -111,16 +111,7 @@ def attached(trainee: Trainee, models: Models) -> Iterator[None]:
 
 def committed(models: Models) -> DetailExpertsTrainee:
     """The experts that come with the pack."""
-    stored = load_weights(FILE)
-    tensors = {name: tensor.float() for name, tensor in stored.tensors.items()}
-    return DetailExpertsTrainee(Weights(stored.kind, stored.family, stored.config, tensors, FILE.name), models)
-
-
-def publish(trainee: Trainee) -> None:
-    """Store trained experts in half precision where the pack's own weights lie."""
-    FILE.unlink(missing_ok=True)
-    tensors = {name: tensor.detach().half() if tensor.ndim else tensor.detach() for name, tensor in trainee.state_dict().items()}
-    save_weights(Weights(trainee.kind, trainee.family, trainee.config, tensors), FILE)
+    return DetailExpertsTrainee(full_weights(FILE), models)
 
 
 class Memory:
@@ -402,7 +393,7 @@ def main() -> None:
     models = lab_models()
     trainee = trained(EXPERTS, models, options.steps, options.pictures, options.rate, options.crop)
     if options.publish:
-        publish(trainee)
+        store(weights_of(trainee), FILE)
     with attached(trainee, models):
         parts = own_tables(trainee, models, report.Results(report.results_file("detail_experts")), options)
     report.say("\n".join(parts))

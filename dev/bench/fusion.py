@@ -26,7 +26,7 @@ from ...lab.photographs import evaluation_photograph  # noqa: E402
 from ...model_patches.encoder_features import feature_channels, feature_vae  # noqa: E402
 from ...model_patches.fusion_patch import grown, new_fusion  # noqa: E402
 from ...model_patches.host import weights_fingerprint  # noqa: E402
-from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
+from ...model_patches.weights_file import Weights  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.fusion import FusionTrainee  # noqa: E402
 from ...training.loop import describe_run, train  # noqa: E402
@@ -36,6 +36,7 @@ from ...training.sources import good_folder  # noqa: E402
 from ...training.trainee import Models  # noqa: E402
 from . import report  # noqa: E402
 from .adapter import HOME, Lab, Watcher, attached, new_weights, training_pictures  # noqa: E402
+from .published import TRAINED, full_weights, store, weights_of  # noqa: E402
 from .remembered import RememberingVAE, SamePairs  # noqa: E402
 from .scenes import SCENES, eight_bit, figures, over_scenes, seeded  # noqa: E402
 
@@ -48,7 +49,6 @@ WHOLE = "DAFF and the whole denoiser"
 METHODS = (ADAPTER, DAFF, WITHOUT_SINGLE, WHOLE)
 RANK, CROP, BATCH, RATE, STEPS = 8, 128, 8, 3e-3, 1500
 SAMPLING_STEPS = 10
-TRAINED = report.PACK / "lab" / "trained"
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,8 @@ def committed_rows(lab: FusionLab, results: report.Results, scenes: Sequence[str
     file = TRAINED / f"fusion_{lab.kind}.safetensors"
     if not file.exists():
         return []
-    stored, digest = load_weights(file), hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    tensors = {name: tensor.float() for name, tensor in stored.tensors.items()}
-    trainee = lab.trainee(Run(lab.kind, DAFF), Weights(stored.kind, stored.family, stored.config, tensors, file.name))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    trainee = lab.trainee(Run(lab.kind, DAFF), full_weights(file))
     found = []
     with attached(lab, trainee):
         for task in TASKS:
@@ -197,11 +196,7 @@ def committed_rows(lab: FusionLab, results: report.Results, scenes: Sequence[str
 
 def publish(lab: FusionLab, run: Run) -> None:
     """Store trained weights in half precision where the pack's own weights lie."""
-    trainee = lab.trained(run)
-    file = TRAINED / f"fusion_{run.prior}.safetensors"
-    file.unlink(missing_ok=True)
-    tensors = {key: tensor.detach().half() if tensor.ndim else tensor for key, tensor in trainee.state_dict().items()}
-    save_weights(Weights(trainee.kind, trainee.family, trainee.config, tensors), file)
+    store(weights_of(lab.trained(run)), TRAINED / f"fusion_{run.prior}.safetensors")
 
 
 def recipes_digest() -> str:

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...model_patches.weights_file import Weights, load_weights
 from . import report
-from .adapter import BEST, NOISE, TRAINED, Lab, Restoration, Run, Way, attached, degraded, figures, restore
+from .adapter import BEST, NOISE, Lab, Restoration, Run, Way, attached, degraded, figures, restore
+from .published import TRAINED, full_weights
 
 ONSETS, WEIGHTS = (0.8, 0.5), (0.0, 0.05, 0.1, 0.2, 0.4)
 SCENE, SEED, GAP = "coffee", 0, 4
@@ -28,10 +28,8 @@ def labelled(picture: Tensor, text: str) -> Image.Image:
 
 def cells() -> list[list[Image.Image]]:
     """Restore with every pair of settings: a row for each onset a, a column for each weight w."""
-    stored = load_weights(TRAINED / "noise_dit.safetensors")
-    weights = Weights(stored.kind, stored.family, stored.config, {name: tensor.float() for name, tensor in stored.tensors.items()})
     lab = Lab("dit", 0)
-    trainee = lab.trainee(Run("dit", NOISE, BEST, 0.0), weights)
+    trainee = lab.trainee(Run("dit", NOISE, BEST, 0.0), full_weights(TRAINED / "noise_dit.safetensors"))
     clean, damaged, words = degraded(SCENE, NOISE, SEED)
     rows = []
     with attached(lab, trainee):

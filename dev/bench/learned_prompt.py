@@ -27,7 +27,7 @@ from ...model_patches.host import weights_fingerprint  # noqa: E402
 from ...model_patches.learned_prompt import LearnedPrompt  # noqa: E402
 from ...model_patches.learned_prompt_patch import AVERAGE, SUM, attach_blend, attach_prompt  # noqa: E402
 from ...model_patches.prompt_conditioning import PromptConditioning, conditioning_of  # noqa: E402
-from ...model_patches.weights_file import Weights, load_weights, save_weights  # noqa: E402
+from ...model_patches.weights_file import Weights, load_weights  # noqa: E402
 from ...samplers.bridge import T0, Bridge, bridge_sigmas  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.kinds import new_weights, trainee_of  # noqa: E402
@@ -36,8 +36,9 @@ from ...training.settings import Settings  # noqa: E402
 from ...training.sources import good_folder  # noqa: E402
 from ...training.trainee import Models  # noqa: E402
 from . import report  # noqa: E402
-from .adapter import HOME, PICTURES, TRAINED, Watcher, training_pictures  # noqa: E402
+from .adapter import HOME, PICTURES, Watcher, training_pictures  # noqa: E402
 from .panning import video_rows  # noqa: E402
+from .published import TRAINED, store  # noqa: E402
 from .remembered import RememberingVAE, SamePairs  # noqa: E402
 from .scenes import SCENES, eight_bit, figures, over_scenes, seeded  # noqa: E402
 
@@ -244,10 +245,7 @@ def mixed_table(lab: Lab, options: argparse.Namespace, results: report.Results, 
 
 def publish(lab: Lab, degradation: str, rate: float) -> None:
     """Store what was trained on the bridge in half precision where the pack's own weights lie."""
-    weights = lab.trained(Run(lab.kind, degradation, "bridge", rate))
-    file = published(degradation, lab.kind)
-    file.unlink(missing_ok=True)
-    save_weights(Weights(weights.kind, weights.family, weights.config, {name: tensor.half() for name, tensor in weights.tensors.items()}), file)
+    store(lab.trained(Run(lab.kind, degradation, "bridge", rate)), published(degradation, lab.kind))
 
 
 def published(degradation: str, prior: str) -> Any:

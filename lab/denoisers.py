@@ -23,10 +23,10 @@ UNET = {
     "context_dim": TEXT_WIDTH, "use_spatial_transformer": True, "use_linear_in_transformer": True, "num_head_channels": 32, "num_heads": -1,
     "adm_in_channels": None, "legacy": False, "use_checkpoint": False, "use_temporal_attention": False, "use_temporal_resblock": False,
 }
-# At full resolution, where each channel costs most, the way down has no residual block; attention begins at cells of 8 pixels.
+# At full resolution, where each channel costs most, the way down has no residual block; only cells of 8 pixels attend, in the middle and behind it.
 PIXEL = {
     **UNET, "image_size": 256, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": [0, 1, 1, 1], "channel_mult": [1, 1, 2, 2],
-    "transformer_depth": [0, 0, 0, 1], "transformer_depth_output": [0, 0, 0, 0, 0, 1, 1],
+    "transformer_depth": [0, 0, 0], "transformer_depth_output": [0, 0, 0, 0, 0, 1, 1],
 }
 DIT_DEPTH = 4
 DIT = {
@@ -94,7 +94,7 @@ def unet_loss(model: nn.ModuleDict, z: Tensor, ids: Tensor, alphas_cumprod: Tens
     return error, error.detach()
 
 
-def flow_loss(model: nn.ModuleDict, z: Tensor, ids: Tensor, pooled_too: bool) -> tuple[Tensor, Tensor]:
+def flow_loss(model: nn.ModuleDict, z: Tensor, ids: Tensor, *, pooled_too: bool) -> tuple[Tensor, Tensor]:
     """Mean square error on the flow's velocity, with sigma logit-normal; returns (loss, the same for the log).
 
     Args:

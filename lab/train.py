@@ -34,7 +34,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 STEPS = {"vae": 3450, "decoder": 1000, "unet": 3700, "dit": 2500, "pixel": 1500}
 SAVE_EVERY = 60.0
 PREVIEW_PICTURES = 64
-# The host's SD3 latent format, which both denoisers use: process_in(z) = (z - shift) * scale.
+# The host's SD3 latent format, which the UNet and the DiT use: process_in(z) = (z - shift) * scale.
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 
 
@@ -167,7 +167,7 @@ def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, cou
         z = z / 127.5 - 1 if pixels else z
         ids = dropped_ids(words[np.sort(rows)], rng).to(device)
         with half_precision(device):
-            return unet_loss(model, z, ids, alphas_cumprod, step >= EVEN_FROM * steps) if kind == "unet" else flow_loss(model, z, ids, kind == "dit")
+            return unet_loss(model, z, ids, alphas_cumprod, step >= EVEN_FROM * steps) if kind == "unet" else flow_loss(model, z, ids, pooled_too=kind == "dit")
 
     def evaluate(average: Average, done: int) -> None:
         tensors = {**model.state_dict(), **average.shadow}

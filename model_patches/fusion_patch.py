@@ -70,10 +70,10 @@ def grown(weights: Weights, model: "BaseModel", vae: "VAE", rank: int, train_enc
     check_vae(vae, weights.config["features"])
     tensors, config = dict(weights.tensors), dict(weights.config)
     if fine_tune and config["rank"]:
-        raise ValueError(f"has a LoRA of rank {config['rank']}, in the place of which fine_tune would be. Turn it off, or begin with a fusion "
-                         "without LoRA.")
+        raise ValueError(f"has a LoRA of rank {config['rank']}, and fine_tune would stand in its place. Turn fine_tune off, or begin with a "
+                         "fusion without LoRA.")
     if fine_tune and not config.get("fine_tune"):
-        tensors |= FineTune(model).native()
+        tensors |= {name: tensor.detach() for name, tensor in FineTune(model).native().items()}
         config["fine_tune"] = True
     rank = 0 if config.get("fine_tune") else rank
     if rank and config["rank"] not in (0, rank):
@@ -95,10 +95,11 @@ def check_fit(weights: Weights, model: "BaseModel", node: str) -> Anatomy:
     anatomy = check_family(weights, KIND, model, node)
     config = weights.config
     numbers = [config.get("features"), config.get("rank")]
-    whole = all(map(whole_number, numbers)) and isinstance(config.get("fine_tune", False), bool)
+    tuned = config.get("fine_tune", False)
+    whole = all(map(whole_number, numbers)) and isinstance(tuned, bool) and not (tuned and numbers[1])
     if config.get("preset") not in PRESETS or not isinstance(config.get("single"), bool) or not whole or not numbers[0]:
         raise ValueError(f"{node}: {weights.name} describes itself as {config}, and a preset ({', '.join(PRESETS)}), features, single and "
-                         "a rank were expected. Update the pack, or save the file again.")
+                         "a rank or fine_tune were expected. Update the pack, or save the file again.")
     check_shapes(weights, expected_tensors(anatomy, config, model), node)
     check_finite(weights, node)
     return anatomy

@@ -1,4 +1,6 @@
-"""What the pack knows of the host's private shapes: loading, sampling, conds, wrappers; the files that call themselves part of it have the rest. Nothing else may."""
+"""What the pack knows of the host's private shapes: loading, sampling, conds, wrappers. The files that call themselves part of it have the
+rest; nothing else may.
+"""
 
 import hashlib
 from collections.abc import Callable

@@ -37,7 +37,7 @@ def attach_prompt(patched: "ModelPatcher", prompt: LearnedPrompt, strength: floa
 
     In sampling and in training the model is evaluated as the prompt's own conditions want it: the text of WAN and FLUX cut to the prompt's
     length, FLUX's guidance 1. Gradients reach `prompts` and `alphas` where these require them, through checkpointed blocks too;
-    FLUX needs host.unshared_norm_inputs and host.gradients as ever. The parameters are read anew in every evaluation that gradients flow
+    FLUX needs unshared_norm_inputs and gradients (host_gradients.py) as ever. The parameters are read anew in every evaluation that gradients flow
     through; in sampling once a run. Nothing is kept in the model itself.
 
     Args:

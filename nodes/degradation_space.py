@@ -70,8 +70,8 @@ class NewDegradationModel(io.ComfyNode):
                 seed_input("Fixes the numbers it starts from. A fresh one changes nothing, whatever the seed."),
                 io.Boolean.Input(
                     "fine_tune", default=False, advanced=True,
-                    tooltip="Let all weights of the model learn in place of a LoRA. Training then needs memory for the model four times "
-                    "more, and the file is as large as the model.",
+                    tooltip="Let all weights of the model learn in place of a LoRA. Training then holds four more copies of the model in "
+                    "full precision, and the file is as large as the model.",
                 ),
             ],
             outputs=[WeightsSocket.Output(display_name="weights", tooltip="The untrained degradation model, for Train.")],

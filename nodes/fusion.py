@@ -62,7 +62,7 @@ class NewFusion(io.ComfyNode):
                 io.Boolean.Input(
                     "fine_tune", default=False, advanced=True,
                     tooltip="Let all weights of the model learn in place of a LoRA, as the paper does in its second stage. Training then "
-                    "needs memory for the model four times more, and the file is as large as the model.",
+                    "holds four more copies of the model in full precision, and the file is as large as the model.",
                 ),
                 WeightsSocket.Input(
                     "weights", optional=True,
@@ -112,12 +112,12 @@ class ApplyFusion(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE the fusion was trained with, usually the model's own."),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=2.0, step=0.01,
-                    tooltip="How much the model listens to the fusion. 0 is the model itself, without the LoRA too.",
+                    tooltip="How much the model listens to the fusion. 0 is the model itself, without what else was trained along.",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="White where the fusion acts; black parts are left to the model."),
                 io.Float.Input(
                     "lora_strength", default=1.0, min=-2.0, max=2.0, step=0.01, advanced=True,
-                    tooltip="Strength of the LoRA, if one was trained along.",
+                    tooltip="Strength of what was trained along, a LoRA or fine_tune; without either it does nothing.",
                 ),
                 *percent_inputs(),
             ],

@@ -26,13 +26,13 @@ class LoadLabPrior(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The denoiser, for pictures up to about 512 pixels."),
+                io.Model.Output(display_name="model", tooltip="The denoiser: unet and dit for pictures up to about 512 pixels, pixel to be trained for restoration."),
                 io.Clip.Output(
                     display_name="clip", tooltip="Its text encoder: knows about 80 words such as bright, warm, red, round, detailed."
                 ),
                 io.Vae.Output(
                     display_name="vae",
-                    tooltip="Its VAE: 16 channels and 8 pixels a cell; that of pixel changes nothing, with 3 channels and 1 pixel.",
+                    tooltip="The VAE of unet and dit: 16 channels, 8 pixels a cell. That of pixel leaves pictures as they are: 3 channels, 1 pixel a cell.",
                 ),
             ],
         )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Training of degradation-aware feature fusion (UniLDiff, arXiv 2507.23685): stage 1a is the fusion alone, 1b adds denoiser and LQ encoder.
+"""Training of degradation-aware feature fusion (UniLDiff, arXiv 2507.23685): first the fusion alone, then denoiser and LQ encoder with it.
 
-What is trained is what the weights hold: without LoRA (rank 0), fine-tune and encoder it is stage 1a. The paper trains the whole denoiser in
-1b, as a fine-tune does; a LoRA stands for it where that is too much. Several degradations in the data are drawn with equal chance, as the paper draws its tasks.
+What is trained is what the weights hold: with neither LoRA (rank 0) nor fine-tune nor encoder it is the first stage. In the second the paper
+trains the whole denoiser, as a fine-tune does; a LoRA stands for it where that is too much. Several degradations in the data are drawn with
+equal chance, as the paper draws its tasks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

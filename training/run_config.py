@@ -94,7 +94,7 @@ def load_models(config: Config) -> "Models":
     table = config.model
     ways = [way for way in ("lab", "checkpoint", "diffusion_model") if way in table] or [way for way in ("vae",) if way in table]
     if len(ways) != 1:
-        raise ConfigError("[model] needs exactly one of lab = \"unet\" or \"dit\", checkpoint = FILE, and diffusion_model = FILE with clip "
+        raise ConfigError("[model] needs exactly one of lab = \"unet\", \"dit\" or \"pixel\", checkpoint = FILE, and diffusion_model = FILE with clip "
                           "and vae; detail experts learn on vae = FILE alone.")
     if ways == ["lab"]:
         from ..lab.prior import KINDS, load_lab_prior

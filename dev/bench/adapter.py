@@ -132,7 +132,7 @@ class Lab:
         trainee = self.trainee(run)
         pairs = SamePairs(good_folder(training_pictures()), [RECIPES[run.degradation]], crop=CROP)
         settings = Settings(steps=self.steps, batch=BATCH, rate=run.rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
-        description = describe_run(trainee, pairs, self.models, settings)
+        description = report.of_this_code(describe_run(trainee, pairs, self.models, settings))
         folder = open_run(HOME / "bench" / "adapter", run.name, description, self.steps)
         result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))
         self.models.vae.save()

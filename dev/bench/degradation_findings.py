@@ -40,8 +40,7 @@ Euler steps, no prompt. The chart of the instruction is one that no training dre
 Four scenes, seeds as named; PSNR in dB. to_input is the PSNR of the result to the damaged picture, to_encoded_input to that picture through the VAE: how
 much nothing was done. The gain is over the damaged picture.
 """
-PIXELS = """This prior samples pixels: nothing passes a VAE, and the latent form is taken of pixels. All of its weights learn, at a tenth of the rate, with nothing
-held back for other uses, as the paper's own denoiser does.
+PIXELS = """This prior samples pixels: nothing passes a VAE, and the latent form is taken of pixels. Of what learns, its own weights do at a tenth of the rate.
 """
 
 
@@ -134,10 +133,9 @@ def _blind(psnr: dict[tuple[str, str], float], whole: set[str], main: str) -> li
 
 
 def _composite(psnr: dict[tuple[str, str], float], main: str) -> list[str]:
-    told = {name: psnr[f"{main}, told of {name}", COMPOSITE] for name in (COMPOSITE, "haze", "noise 25") if (f"{main}, told of {name}", COMPOSITE) in psnr}
-    if not told:
-        return []
-    return [f"- A picture with {COMPOSITE}, at {psnr['degraded', COMPOSITE]:.1f} dB: " + ", ".join(f"{value:.1f} told of {name}" for name, value in told.items()) + "."]
+    keys = {name: (f"{main}, told of {name}", COMPOSITE) for name in (COMPOSITE, "haze", "noise 25")}
+    told = [f"{psnr[key]:.1f} told of {name}" for name, key in keys.items() if key in psnr]
+    return [f"- A picture with {COMPOSITE}, at {psnr['degraded', COMPOSITE]:.1f} dB: {', '.join(told)}."] if told else []
 
 
 def _listed(values: dict[str, float], form: str) -> str:

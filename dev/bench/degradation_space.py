@@ -142,9 +142,9 @@ class Lab:
     def __init__(self, prior: str, codes: Weights) -> None:
         self.prior, self.codes = prior, codes
         model, clip, vae = load_lab_prior(prior)
-        # Pixels are not worth remembering.
-        latents = HOME / "bench" / f"latents-degradation-{weights_fingerprint(vae.patcher)[:12]}.safetensors"
-        self.models = Models(model, clip, vae if prior == "pixel" else RememberingVAE(vae, latents))
+        if prior != "pixel":  # whose latents are the pictures themselves
+            vae = RememberingVAE(vae, HOME / "bench" / f"latents-degradation-{weights_fingerprint(vae.patcher)[:12]}.safetensors")
+        self.models = Models(model, clip, vae)
         self.known: dict[str, DegradationTrainee] = {}
         self.seen: dict[tuple[str, str, int], Tensor] = {}
 
@@ -167,8 +167,7 @@ class Lab:
             pairs = FewPairs(good_folder(training_pictures()), training_recipes(), crop=CROP)
             settings = Settings(steps=run.steps, batch=BATCHES[run.prior], rate=RATE, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
             trainee.encoder = RememberingEncoder(trainee.encoder, HOME / "bench" / f"tokens-{trainee.config['codebook'][:12]}.safetensors")
-            # What other code trained is not what this code would.
-            description = describe_run(trainee, pairs, self.models, settings) | {"code": report.fingerprint()}
+            description = report.of_this_code(describe_run(trainee, pairs, self.models, settings))
             folder = open_run(HOME / "bench" / "degradation_space", run.name, description, run.steps)
             result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))
             if isinstance(self.models.vae, RememberingVAE):
@@ -361,14 +360,14 @@ def published(prior: str) -> dict[str, Weights]:
     found = {}
     for form, method in PUBLISHED.items():
         file = _file(prior, form)
-        if file.exists():
+        if method in METHODS_OF[prior] and file.exists():
             found[method] = full_weights(file)
     return found
 
 
 def publish(lab: Lab, steps: int, forms: list[str]) -> None:
-    """Train, or go on, and store the weights in half precision where the pack's own lie."""
-    for form in forms:
+    """Train, or go on, and store the weights in half precision where the pack's own lie; forms that the prior is not for are left out."""
+    for form in (form for form in forms if PUBLISHED[form] in METHODS_OF[lab.prior]):
         trainee = lab.trained(Run(lab.prior, PUBLISHED[form], steps))
         weights, file = weights_of(trainee), _file(lab.prior, form)
         assert float(weights.tensors[DEVIATION]) > 0

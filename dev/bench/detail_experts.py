@@ -94,8 +94,7 @@ def trained(method: str, models: Models, steps: int = STEPS, pictures: Path | No
     trainee = makers[method]()
     pairs = Pairs(good_folder(pictures or training_pictures()), list(TASKS.values()), crop=crop)
     settings = Settings(steps=steps, batch=BATCH, rate=rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
-    # Named, so that a run whose routers learned otherwise is not gone on with.
-    description = {**describe_run(trainee, pairs, models, settings), "method": method, "routing": "standardised inputs"}
+    description = report.of_this_code({**describe_run(trainee, pairs, models, settings), "method": method})
     folder = open_run(HOME / "bench" / "experts", f"{method} {rate:g}".replace(",", ""), description, steps)
     result = train(trainee, pairs, models, settings, folder, Watcher(method))
     trainee.load_state_dict(result.tensors)

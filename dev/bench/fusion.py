@@ -104,8 +104,7 @@ class FusionLab(Lab):
         trainee = self.trainee(run)
         pairs = SamePairs(good_folder(training_pictures()), list(TASKS.values()), crop=CROP)
         settings = Settings(steps=self.steps, batch=BATCH, rate=run.rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
-        # What other code trained is not what this code would.
-        description = describe_run(trainee, pairs, self.models, settings) | {"code": report.fingerprint()}
+        description = report.of_this_code(describe_run(trainee, pairs, self.models, settings))
         folder = open_run(HOME / "bench" / "fusion", run.name, description, self.steps)
         result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))
         for remembering in (self.models.vae, self.seen):

@@ -226,11 +226,11 @@ def table(rows: list[dict]) -> list[dict]:
 
 def write_evidence(rows: list[dict], threads: int) -> None:
     """Write the sections of docs/evidence.md of all kinds of damage that there are rows of; those of others stay as they are."""
-    write_section("ld_rps", INTRODUCTION.format(threads=threads))
+    write_section("ld_rps", INTRODUCTION)
     for degradation in RECIPES:
         own = [row for row in rows if row["degradation"] == degradation]
         if own:
-            write_section(f"ld_rps {degradation}", "\n".join([f"### Zero-shot, {degradation}\n", *findings(own)]))
+            write_section(f"ld_rps {degradation}", "\n".join([f"### Zero-shot, {degradation}\n", SECONDS.format(threads=threads), *findings(own)]))
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -254,12 +254,12 @@ INTRODUCTION = """## Zero-shot restoration: `python dev bench ld_rps`
 
 A small-scale reproduction on the lab prior (lab/README.md), a model of 7 to 9 million parameters that comes with the pack. Four scenes
 (scikit-image's coffee and motorcycle pair, scikit-learn's china and flower), centre crops of 256 pixels, never trained on. PSNR in dB; psnr_std is the
-deviation over scenes. Seconds are on {threads} thread(s) of a slow CPU with other work beside it: a rough guide. model_calls counts samples that went through the
-denoiser. The lab VAE limits what any method on its latents can reach: the row "VAE of the clean picture" is that ceiling. Full-size models have been
+deviation over scenes. model_calls counts samples that went through the denoiser. The lab VAE limits what any method on its latents can reach: the row "VAE of the clean picture" is that ceiling. Full-size models have been
 checked for shapes only. Where sampling starts, its steps and how often guidance acts were chosen on three training photographs; the first guess, the
 weights of the quality prior and the rate of F-PAM while looking at the photographs below, coffee most of all: nothing was trained on them, but the
 figures are not those of an untouched test set. "Its start" is the picture that is encoded: First Guess's, or the degraded one itself.
 """
+SECONDS = "Seconds are on {threads} thread(s) of a slow CPU with other work beside it: a rough guide.\n"
 BELOW = "Ours stays below {names}; the VAE keeps {ceiling:.2f} dB of the clean picture."
 LOSS = "Guided sampling takes away from its own start here: the gain over the degraded picture is the start's, which needs no denoiser."
 NO_GAIN = "Guided sampling takes away from its own start here, and there is no gain over the degraded picture."
@@ -298,6 +298,13 @@ def verdict(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def is_whole(options: argparse.Namespace) -> bool:
+    """Tell whether a run measures all that its sections of the evidence have."""
+    kinds = options.degradation or RECIPES
+    return (not options.quick and tuple(options.prior) == PRIORS and options.seeds == len(SEEDS) and options.reference != "none"
+            and set(kinds) <= set(options.ablations))
+
+
 def main() -> None:
     """Parse the command line, run, print, and write the evidence of a full run."""
     parser = argparse.ArgumentParser(prog="python dev bench ld_rps", description=__doc__)
@@ -314,8 +321,7 @@ def main() -> None:
         options.prior = options.prior[:1]
     results = Results(results_file("ld_rps"), measure=not options.measured)
     rows = run(options, results)
-    whole = not options.quick and len(options.prior) == len(PRIORS) and options.seeds == len(SEEDS)
-    if whole:
+    if is_whole(options):
         write_evidence(rows, torch.get_num_threads())
         keep_rows(results)
     if options.json:

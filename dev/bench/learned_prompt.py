@@ -122,7 +122,8 @@ class Lab:
         pairs = SamePairs(good_folder(training_pictures()), [Damage(run.degradation)], crop=CROP)
         settings = Settings(steps=self.steps, batch=BATCH, rate=run.rate, schedule="cosine", warmup=min(200, self.steps // 5), weight_decay=0.0, ema=0.98,
                             validate_every=0, checkpointing=False)
-        folder = open_run(HOME / "bench" / "learned_prompt", run.name, describe_run(trainee, pairs, self.models, settings), self.steps)
+        description = report.of_this_code(describe_run(trainee, pairs, self.models, settings))
+        folder = open_run(HOME / "bench" / "learned_prompt", run.name, description, self.steps)
         result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))
         self.vae.save()
         return Weights(kind, weights.family, trainee.config, result.tensors, run.name)

@@ -1,5 +1,6 @@
 """The pack's own weights in lab/trained: stored in half precision, read back in full."""
 
+import os
 from pathlib import Path
 
 from ...model_patches.weights_file import Weights, load_weights, save_weights
@@ -21,10 +22,12 @@ def halved(weights: Weights) -> Weights:
 
 
 def store(weights: Weights, file: Path) -> None:
-    """Store weights in half precision in place of a file, for everybody to read."""
-    file.unlink(missing_ok=True)
-    save_weights(halved(weights), file)
-    file.chmod(0o644)
+    """Store weights in half precision in place of a file, for everybody to read; until they are written the earlier ones stay."""
+    unfinished = file.with_name(f"{file.stem}.unfinished.safetensors")
+    unfinished.unlink(missing_ok=True)
+    save_weights(halved(weights), unfinished)
+    unfinished.chmod(0o644)
+    os.replace(unfinished, file)
 
 
 def full_weights(file: Path) -> Weights:

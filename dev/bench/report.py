@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 PACK = Path(__file__).parents[2]
 EVIDENCE = PACK / "docs" / "evidence.md"
@@ -63,21 +64,32 @@ def results_file(bench: str) -> Path:
 
 
 def keep_rows(results: Results) -> None:
-    """Put a measurement's rows where they can be committed, in the place of those of earlier code."""
+    """Put a measurement's rows where they can be committed, in the place of those of earlier code that were all measured anew."""
     MEASURED.mkdir(exist_ok=True)
     bench = results.file.name.rpartition("-")[0]
-    for earlier in MEASURED.glob("*.jsonl"):
-        if earlier.name.rpartition("-")[0] == bench:
-            earlier.unlink()
     shutil.copyfile(results.file, MEASURED / results.file.name)
+    for earlier in MEASURED.glob("*.jsonl"):
+        if earlier.name.rpartition("-")[0] == bench and earlier.name != results.file.name and Results(earlier).rows.keys() <= results.rows.keys():
+            earlier.unlink()
+
+
+def of_this_code(description: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of a training run with the code: what other code trained is not what this one would."""
+    return {**description, "code": code()}
 
 
 @cache
-def fingerprint() -> str:
-    """Hash of what a figure depends on: the code that is loaded when it is first asked for, less its comments and docstrings, and the lab's weights."""
+def code() -> str:
+    """Hash of the code that is loaded when it is first asked for, less its comments and docstrings."""
     digest = hashlib.sha256()
     for file in sorted(_loaded_files()):
         digest.update(ast.dump(_without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())
+    return digest.hexdigest()[:12]
+
+
+def fingerprint() -> str:
+    """Hash of what a figure depends on: the code, and the lab's weights."""
+    digest = hashlib.sha256(code().encode())
     for file in sorted((PACK / "lab" / "weights").glob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

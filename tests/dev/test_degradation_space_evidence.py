@@ -1,8 +1,25 @@
 """What the measurement of diffusion in the degradation space says in words about its own rows."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from mend.dev.bench.degradation_findings import BLIND, COMPOSITE, DENOISER, IMAGE, LATENT, PIXEL, TASKS, TOLD_NOTHING, asked, averages
+from mend.dev.bench import degradation_space
+from mend.dev.bench.degradation_findings import (
+    BLIND,
+    COMPOSITE,
+    DENOISER,
+    IMAGE,
+    LATENT,
+    MAIN,
+    METHODS_OF,
+    PIXEL,
+    TASKS,
+    TOLD_NOTHING,
+    asked,
+    averages,
+    evidence,
+)
 
 
 def rows(method, psnr, **more):
@@ -52,6 +69,29 @@ def test_a_prior_that_samples_pixels_has_the_method_in_another_form():
     said = "\n".join(asked([*DAMAGED, *rows(DENOISER, 22.0), *told, *nothing, *rows(f"{DENOISER}, {BLIND}", 21.0)], BETTER))
     assert "3 dB expected: noise 50 +7.0" in said and f"to_input, 30 dB expected: {TASKS[0]} 40.0" in said
     assert f"less expected: {TASKS[0]} -1.0" in said and f"19.0 told of {COMPOSITE}" in said and "image space" not in said
+
+
+def test_every_method_can_be_asked_for():
+    assert set(degradation_space.NAMES.values()) == set(degradation_space.METHODS) == {method for methods in METHODS_OF.values() for method in methods}
+    assert set(degradation_space.PUBLISHED.values()) <= set(degradation_space.METHODS)
+    assert METHODS_OF.keys() == degradation_space.BATCHES.keys() and all(len(set(methods) & set(MAIN)) == 1 for methods in METHODS_OF.values())
+
+
+def test_a_section_says_what_was_not_measured():
+    settings = {"batch": 4, "crop": 128, "rate": 1e-3, "change": "with all weights", "sampling": 10}
+    text = evidence([{**row, "n": 4, "prior": "dit"} for row in (*DAMAGED, *rows(LATENT, 20.0))], "dit", SimpleNamespace(steps=7), BETTER, settings)
+    assert "7 steps of 4 crops" in text and f"Not measured yet: {PIXEL}; {IMAGE};" in text and LATENT not in text.split("Not measured yet:")[1].split("\n")[0]
+
+
+def test_weights_are_published_for_priors_that_they_are_for(tmp_path, monkeypatch):
+    trained, stored = [], []
+    monkeypatch.setattr(degradation_space, "store", lambda weights, file: stored.append(file.name))
+    monkeypatch.setattr(degradation_space, "weights_of", lambda trainee: SimpleNamespace(tensors={degradation_space.DEVIATION: 1.0}))
+    for prior in METHODS_OF:
+        lab = SimpleNamespace(prior=prior, trained=lambda run: trained.append((run.prior, run.method)))
+        degradation_space.publish(lab, 5, ["latent", "denoiser"])
+    assert trained == [("unet", LATENT), ("dit", LATENT), ("pixel", DENOISER)]
+    assert stored == ["degradation_latent_unet.safetensors", "degradation_latent_dit.safetensors", "degradation_denoiser_pixel.safetensors"]
 
 
 def test_means_are_of_methods_that_have_every_task():

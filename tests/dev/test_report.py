@@ -39,6 +39,24 @@ def test_rows_of_earlier_code_and_no_others_make_room(places):
     assert sorted(report.MEASURED.iterdir()) == sorted([*others, report.MEASURED / results.file.name])
 
 
+def test_rows_that_were_not_measured_anew_stay(places):
+    report.MEASURED.mkdir()
+    earlier = [report.MEASURED / f"space-{digit * 12}.jsonl" for digit in "01"]
+    for file, keys in zip(earlier, ("ab", "a")):
+        file.write_text("".join(f'{{"key": "{key}", "psnr": 20.0}}\n' for key in keys))
+    results = measured()
+    results.get("a", lambda: {"psnr": 21.0})
+    report.keep_rows(results)
+    assert earlier[0].exists() and not earlier[1].exists()
+    results.get("b", lambda: {"psnr": 22.0})
+    report.keep_rows(results)
+    assert [file.name for file in report.MEASURED.iterdir()] == [results.file.name]
+
+
+def test_the_code_of_a_run_is_that_of_its_rows():
+    assert report.of_this_code({"kind": "x"}) == {"kind": "x", "code": report.code()} and report.fingerprint() == report.fingerprint() != report.code()
+
+
 def test_a_machines_own_rows_come_first(places):
     results = measured()
     results.get("a", lambda: {"psnr": 20.0})

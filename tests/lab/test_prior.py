@@ -50,6 +50,12 @@ def test_sizes(kind):
     assert (model.model.latent_format.latent_channels, model.model.latent_format.spacial_downscale_ratio) == LATENTS[kind]
 
 
+def test_memory_is_estimated_for_what_a_model_samples():
+    """A pixel is not as much work as a latent cell of 64."""
+    pixels, cells = (loaded(kind)[0].model.memory_required([1, *shape]) for kind, shape in (("pixel", (3, 256, 256)), ("unet", (16, 32, 32))))
+    assert cells < pixels < 10 * cells
+
+
 def test_position_codes_are_made_when_the_dit_is_loaded():
     codes = loaded("dit")[0].model.diffusion_model.pos_embed
     assert codes.shape == (1, 64 * 64, 256) and torch.equal(codes.float(), position_codes().half().float())

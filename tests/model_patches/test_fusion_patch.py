@@ -195,7 +195,7 @@ def test_what_does_not_fit():
         check_fit(trained("flux"), model("flux", global_modulation=True).model, NODE)
 
 
-@pytest.mark.parametrize("config", [{"preset": "huge"}, {"features": "many"}, {"features": 0}, {"rank": True}, {"single": 1}, {"rank": None}], ids=str)
+@pytest.mark.parametrize("config", [{"preset": "huge"}, {"features": "many"}, {"features": 0}, {"rank": True}, {"single": 1}, {"rank": None}, {"fine_tune": 1}, {"fine_tune": True, "rank": 4}], ids=str)
 def test_descriptions_that_make_no_sense(config):
     weights = fresh("sdxl")
     odd = Weights(weights.kind, weights.family, {**weights.config, **config}, weights.tensors, "odd.safetensors")

@@ -79,7 +79,7 @@ def test_what_new_refuses(run_prompt):
     message = failed_new(run_prompt, {"other": trained("sd15", rank=2)}, weights=["other", 0], lora_rank=3)
     assert "New Fusion: the new fusion for UNet 32 has a LoRA of rank 2 already. Set the rank to that, or to 0" in message
     message = failed_new(run_prompt, {"other": trained("sd15", rank=2)}, weights=["other", 0], fine_tune=True)
-    assert "New Fusion: the new fusion for UNet 32 has a LoRA of rank 2, in the place of which fine_tune would be." in message
+    assert "New Fusion: the new fusion for UNet 32 has a LoRA of rank 2, and fine_tune would stand in its place." in message
 
 
 # What Apply refuses

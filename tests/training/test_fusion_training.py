@@ -119,6 +119,7 @@ def test_all_of_the_model_may_learn_in_place_of_a_lora(family):
     given = models(family)
     weights = started(family, given, fine_tune=True, learns=False)
     assert weights.config["fine_tune"] and weights.config["rank"] == 0
+    assert not any(tensor.requires_grad for tensor in weights.tensors.values())
     trainee = FusionTrainee(weights, given)
     assert isinstance(trainee.lora, FineTune)
     groups = State(trainee, Settings(rate=1e-2)).optimizer.param_groups
@@ -133,7 +134,7 @@ def test_all_of_the_model_may_learn_in_place_of_a_lora(family):
 
 def test_a_fusion_has_a_lora_or_a_fine_tune():
     given = models("sd15")
-    with pytest.raises(ValueError, match="has a LoRA of rank 2, in the place of which fine_tune would be"):
+    with pytest.raises(ValueError, match="has a LoRA of rank 2, and fine_tune would stand in its place"):
         grown(trained("sd15", rank=2), given.model.model, given.vae, 0, False, 0, True)
     tuned = started("sd15", given, fine_tune=True, learns=False)
     assert same(grown(tuned, given.model.model, given.vae, 8, False, 0).tensors, tuned.tensors), "it has what a LoRA would stand for"

@@ -131,7 +131,7 @@ def test_json_and_weights_from_a_file(config, tmp_path):
     ('diffusion_model = "tiny.safetensors"', 'checkpoint = "none.safetensors"', 1, "checkpoint = 'none.safetensors': there is no file"),
     ('"tiny.safetensors"', '"tiny.safetensors"\nvae = "none.safetensors"', 1, "vae = 'none.safetensors': there is no file"),
     ('"tiny.safetensors"', '"tiny.safetensors"\nclip = "tiny.safetensors"\nclip_type = "x"', 1, "clip_type is 'x'; choose one of stable_diffusion"),
-    ('diffusion_model = "tiny.safetensors"', 'lab = "net"', 1, r"\[model\] lab is 'net'; choose one of unet, dit, pixel\\."),
+    ('diffusion_model = "tiny.safetensors"', 'lab = "net"', 1, r"\[model\] lab is 'net'; choose one of unet, dit, pixel\."),
     ('kind = "dummy"', 'kind = "unheard_of"', 1, "weights of the kind unheard of cannot be trained; there are .*dummy"),
     ('kind = "dummy"', "", 1, r"\[weights\] needs either file"),
     ('diffusion_model = "tiny.safetensors"', 'vae = "tiny.safetensors"', 1, "vae = 'tiny.safetensors': ComfyUI knows no VAE of this layout"),

@@ -54,6 +54,7 @@ from .degradation_findings import (  # noqa: E402
     MAIN,
     MEANS,
     METHODS_OF,
+    ONE_STEP,
     PIXEL,
     SHOWN,
     TOLD_NOTHING,
@@ -311,14 +312,14 @@ class Table:
                 *(self.row(method, name, Way(_other(name)), f"told of {_other(name)}", one) for name in TASKS)]
 
     def _uses(self, method: str) -> list[dict[str, Any] | None]:
-        """Composite damage, blind restoration, and, of the pack's own weights, what more or less computing gives."""
+        """Composite damage, blind restoration, and what less computing gives; of the pack's own weights, what more gives, too."""
         rows = [self.row(method, COMPOSITE, Way(told), f"told of {told}") for told in (COMPOSITE, "haze", "noise 25")]
         if self.estimator is not None:
             rows += [self.row(method, name, Way("blind"), BLIND) for name in (*TASKS, COMPOSITE)]
+        rows += [self.row(method, name, Way(steps=1), ONE_STEP) for name in TASKS]
         if not self.given:
             return rows
         one = self.options.seeds[:1]
-        rows += [self.row(method, name, Way(steps=1), "one step", one) for name in TASKS]
         rows += [self.row(method, name, Way(cfg=1.5), "instruction cfg 1.5", one) for name in TASKS]
         return [*rows, *(self.row(method, name, Way(samples=4), "mean of 4 samples", one) for name in TASKS)]
 

@@ -22,8 +22,11 @@ BENCH_FILES = ("scenes.py", "classical.py", "zero_shot.py", "kept_run.py")
 DIGITS = {"rate": 4, "psnr": 2, "psnr_std": 2, "ssim": 3, "haarpsi": 3, "gain": 2, "gmsd": 3}
 
 
-class NotMeasured(LookupError):
-    """A row is asked for that no run has measured yet."""
+class NotMeasured(SystemExit):
+    """A row is asked for that no run has measured yet; whoever cannot do without it ends the command with this message."""
+
+    def __init__(self, row: str) -> None:
+        super().__init__(f"Not measured yet, so there is no table to write: {row}. Run the same without --measured.")
 
 
 class Results:

@@ -24,7 +24,7 @@ def test_kept_rows_are_known_on_another_machine(places):
     report.keep_rows(first)
     places()
     assert measured(measure=False).get("a", dict)["psnr"] == 20.0
-    with pytest.raises(report.NotMeasured):
+    with pytest.raises(report.NotMeasured, match="Not measured yet, .*: b. Run the same without --measured"):
         measured(measure=False).get("b", dict)
 
 

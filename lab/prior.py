@@ -22,7 +22,7 @@ from .vocabulary import LENGTH, PAD, WORDS, token_ids
 WEIGHTS = Path(__file__).parent / "weights"
 VAE = WEIGHTS / "vae.safetensors"
 KINDS = ("unet", "dit", "pixel")
-# The host's estimate of memory counts latent cells, and takes each for as much work as one of 8 pixels to a side; as its own models of pixels have it.
+# What a sample of each pixel costs beside one of each latent cell, by the host's estimate of memory; that of its own models of pixels.
 PIXEL_MEMORY = 0.044
 
 
@@ -143,7 +143,8 @@ def _load_unet(kind: str, sd: dict[str, Tensor], disable_dynamic: bool) -> comfy
     parameters = sum(v.numel() for v in sd.values())
     dtype = management.unet_dtype(model_params=parameters, supported_dtypes=[torch.float16, torch.bfloat16, torch.float32], weight_dtype=torch.float16)
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, load_device, [torch.float16, torch.bfloat16, torch.float32]))
-    config.memory_usage_factor = PIXEL_MEMORY if kind == "pixel" else config.memory_usage_factor
+    if kind == "pixel":
+        config.memory_usage_factor = PIXEL_MEMORY
     base = comfy.model_base.BaseModel(config, kind_of_model, device=offload_device)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(base, load_device=load_device, offload_device=offload_device)

@@ -36,7 +36,8 @@ INTRODUCTION = """## Diffusion in the degradation space on the lab's {prior}: `p
 
 A small-scale reproduction on the lab prior (lab/README.md). Every model learned all tasks at once ({tasks}, and haze with noise upon it; several strengths
 each), {steps} steps of {batch} crops of {crop} px, at one learning rate of {rate:g}, {change}. Restored from pure noise with {sampling}
-Euler steps, no prompt; "one step" answers with the mean of all damage that the picture may have. The chart of the instruction is one that no training drew; its damage is of the same strength as the picture's, with other noise.
+Euler steps, no prompt; "one step" answers with the mean of all damage that the picture may have. The chart of the instruction is one that no training
+drew; its damage is of the same strength as the picture's, with other noise.
 Four scenes, seeds as named; PSNR in dB. to_input is the PSNR of the result to the damaged picture, to_encoded_input to that picture through the VAE: how
 much nothing was done. The gain is over the damaged picture.
 """

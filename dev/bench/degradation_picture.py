@@ -36,6 +36,7 @@ def columns(lab: Lab) -> list[Tensor]:
 def main() -> None:
     """Write the picture."""
     argparse.ArgumentParser(prog="python dev bench degradation_picture", description=__doc__).parse_args()
+    # Now, while as much is loaded as where degradation_space asks for it: then its trained run is found.
     report.code()
     parts = columns(Lab("pixel", tokenizer_weights()))
     white = torch.ones(len(parts[0]), GAP, 3)

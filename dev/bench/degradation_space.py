@@ -405,6 +405,7 @@ def main() -> None:
     parser.add_argument("--publish", nargs="+", choices=list(PUBLISHED), metavar="FORM",
                         help=f"train these forms only ({', '.join(PUBLISHED)}), store them as the pack's own weights, and stop")
     options = parser.parse_args()
+    # First of all: the code that is loaded now is what rows and trained runs are known by.
     results_file = _results_file(options)
     if options.publish:
         codes = tokenizer_weights()

@@ -1,7 +1,7 @@
 """`python dev bench ld_rps`: zero-shot restoration beside what a user would do without it, on photographs that nothing was trained on.
 
-Rows stream to a file in the cache, keyed by a hash of the code and the weights, so an interrupted run goes on. At the end of a run over both
-priors, the sections of docs/evidence.md of its kinds of damage are written, and the rows kept in docs/measured.
+Rows stream to a file in the cache, keyed by a hash of the code and the weights, so an interrupted run goes on. At its end, the sections of
+docs/evidence.md are written of which it measured all, and the rows kept in docs/measured.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from .zero_shot import Prior, Recipe, guessed, img2img, restore
 SEEDS = (0, 1, 2)
 PRIORS = ("unet", "dit")
 QUICK = ("noise", "lowlight", "haze")
+PARTS = ("table", "ablations", "published")
 FEW_SCENES = ("coffee", "flower")
 PUBLISHED = "reference schedule"
 DEGRADED = "degraded"
@@ -186,32 +187,33 @@ def ablation_rows(bench: Bench, degradation: str) -> Iterator[dict]:
             yield bench.restored(f"ours, {name}", degradation, recipe)
 
 
-def run(options: argparse.Namespace, results: Results) -> list[dict]:
-    """All rows of the chosen subset, printed a degradation at a time."""
+def published_rows(bench: Bench, degradation: str, full: bool) -> Iterator[dict]:
+    """The published schedule and ours beside it; until somebody has run it in full, what a few of its steps tell of its time."""
+    ours = bench.restored("ours", degradation, RECIPES[degradation])
+    try:
+        yield bench.published(degradation, full)
+        yield ours
+    except NotMeasured:
+        kind = bench.prior.kind
+        with contextlib.suppress(NotMeasured):
+            guess = bench.results.get(f"{degradation}|{kind}|reference estimate", lambda: estimated_reference(bench.prior, degradation))
+            yield {"degradation": degradation, "prior": kind, "estimate": guess, "ours": ours["seconds"]}
+
+
+def run(options: argparse.Namespace, results: Results) -> dict[tuple[str, str], list[dict]]:
+    """Measure what is chosen, printed as it comes: rows of (degradation, part). Only the table is of more than the first prior."""
     scenes = ("coffee",) if options.quick else tuple(SCENES)
     seeds = SEEDS[:1] if options.quick else SEEDS[:options.seeds]
-    rows = []
-    for kind in options.prior:
+    found: dict[tuple[str, str], list[dict]] = {}
+    for kind in options.prior if "table" in options.parts else options.prior[:1]:
         prior = Prior(kind)
+        few, one = Bench(results, prior, FEW_SCENES, SEEDS[:1]), Bench(results, prior, ("coffee",), SEEDS[:1])
         for degradation in options.degradation or (QUICK if options.quick else tuple(RECIPES)):
-            rows += table(main_rows(Bench(results, prior, scenes, seeds), degradation))
-            if options.quick:
-                continue
-            if degradation in options.ablations and kind == options.prior[0]:
-                few = Bench(results, prior, FEW_SCENES, SEEDS[:1])
-                rows += table(list(ablation_rows(few, degradation)))
-            if kind != options.prior[0] or options.reference == "none":
-                continue
-            one = Bench(results, prior, ("coffee",), SEEDS[:1])
-            ours = one.restored("ours", degradation, RECIPES[degradation])
-            with contextlib.suppress(NotMeasured):
-                rows += table([one.published(degradation, options.reference == "full"), ours])
-                continue
-            if options.reference == "estimate":
-                with contextlib.suppress(NotMeasured):
-                    guess = results.get(f"{degradation}|{kind}|reference estimate", lambda: estimated_reference(prior, degradation))
-                    rows.append({"degradation": degradation, "prior": kind, "estimate": guess, "ours": ours["seconds"]})
-    return rows
+            makers = {"table": lambda: main_rows(Bench(results, prior, scenes, seeds), degradation), "ablations": lambda: ablation_rows(few, degradation),
+                      "published": lambda: published_rows(one, degradation, options.reference == "full")}
+            for part in options.parts if kind == options.prior[0] else ["table"]:
+                found.setdefault((degradation, part), []).extend(table(list(makers[part]())))
+    return found
 
 
 COLUMNS = ("method", "degradation", "prior", "n", "seeds", "psnr", "psnr_std", "ssim", "haarpsi", "seconds", "model_calls", "decodes",
@@ -224,30 +226,33 @@ def table(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def write_evidence(rows: list[dict], threads: int) -> None:
-    """Write the sections of docs/evidence.md of all kinds of damage that there are rows of; those of others stay as they are."""
+def write_evidence(found: dict[tuple[str, str], list[dict]], threads: int) -> None:
+    """Write the sections of docs/evidence.md that there are rows of; those of other parts, or of other kinds of damage, stay as they are."""
     write_section("ld_rps", INTRODUCTION)
-    for degradation in RECIPES:
-        own = [row for row in rows if row["degradation"] == degradation]
-        if own:
-            write_section(f"ld_rps {degradation}", "\n".join([f"### Zero-shot, {degradation}\n", SECONDS.format(threads=threads), *findings(own)]))
+    for (degradation, part), rows in found.items():
+        text = {"table": table_text, "ablations": ablations_text, "published": published_text}[part](rows)
+        heading = f"### Zero-shot, {degradation}\n" if part == "table" else f"#### Zero-shot, {degradation}: {HEADINGS[part]}\n"
+        name = f"ld_rps {degradation}" if part == "table" else f"ld_rps {degradation} {part}"
+        write_section(name, "\n".join([heading, SECONDS.format(threads=threads), text]))
 
 
-def findings(rows: list[dict]) -> list[str]:
-    """What one kind of damage's rows of a full run show, part by part."""
-    parts = []
+def table_text(rows: list[dict]) -> str:
+    """What the table of one kind of damage shows, and the table."""
     # The rows that need no prior come once with each.
-    distinct = {(row["method"], row["prior"], row["n"]): row for row in rows if "method" in row}
-    everywhere = [row for row in distinct.values() if row["n"] == len(SCENES)]
-    parted = [row for row in distinct.values() if row["n"] == len(FEW_SCENES)]
-    if everywhere:
-        parts += [verdict(everywhere), markdown(everywhere, COLUMNS)]
-    if len(parted) > 1:
-        parts += [f"Parts taken away or added, on {' and '.join(FEW_SCENES)}:\n", markdown(parted, COLUMNS)]
-    published = [row for row in rows if row.get("n") == 1]
-    if published:
-        parts += [against_published(*published), markdown(published, COLUMNS)]
-    return parts + [ESTIMATE.format(**row["estimate"], **timing(row)) for row in rows if "estimate" in row]
+    distinct = list({(row["method"], row["prior"]): row for row in rows}.values())
+    return verdict(distinct) + "\n" + markdown(distinct, COLUMNS)
+
+
+def ablations_text(rows: list[dict]) -> str:
+    """The table of parts taken away or added."""
+    return f"On {' and '.join(FEW_SCENES)}, one seed:\n\n" + markdown(rows, COLUMNS)
+
+
+def published_text(rows: list[dict]) -> str:
+    """What the published schedule takes and reaches beside ours, as far as it is known."""
+    if "estimate" in rows[0]:
+        return ESTIMATE.format(**rows[0]["estimate"], **timing(rows[0]))
+    return against_published(*rows) + "\n" + markdown(rows, COLUMNS)
 
 
 INTRODUCTION = """## Zero-shot restoration: `python dev bench ld_rps`
@@ -259,13 +264,14 @@ checked for shapes only. Where sampling starts, its steps and how often guidance
 weights of the quality prior and the rate of F-PAM while looking at the photographs below, coffee most of all: nothing was trained on them, but the
 figures are not those of an untouched test set. "Its start" is the picture that is encoded: First Guess's, or the degraded one itself.
 """
+HEADINGS = {"ablations": "parts taken away or added", "published": "the published schedule"}
 SECONDS = "Seconds are on {threads} thread(s) of a slow CPU with other work beside it: a rough guide.\n"
 BELOW = "Ours stays below {names}; the VAE keeps {ceiling:.2f} dB of the clean picture."
 LOSS = "Guided sampling takes away from its own start here: the gain over the degraded picture is the start's, which needs no denoiser."
 NO_GAIN = "Guided sampling takes away from its own start here, and there is no gain over the degraded picture."
 ESTIMATE = """The published schedule ({steps} steps with its rounds) was not run to its end. Its last steps, timed on coffee on the {prior}, would make
-about {hours:.1f} hours for one picture of 256 pixels, {times:.0f} times as long as ours in the same run; what it would reach is not known. `--reference full`
-runs it.
+about {hours:.1f} hours for one picture of 256 pixels, {times:.0f} times as long as ours in the same run; what it would reach is not known.
+`--parts published --reference full` runs it.
 """
 
 
@@ -298,34 +304,35 @@ def verdict(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def is_whole(options: argparse.Namespace) -> bool:
-    """Tell whether a run measures all that its sections of the evidence have."""
-    kinds = options.degradation or RECIPES
-    return (not options.quick and tuple(options.prior) == PRIORS and options.seeds == len(SEEDS) and options.reference != "none"
-            and set(kinds) <= set(options.ablations))
+def is_whole(part: str, options: argparse.Namespace) -> bool:
+    """Tell whether a run measures all that this part's sections of the evidence have."""
+    if options.quick or options.prior[0] != PRIORS[0]:
+        return False
+    return part != "table" or (tuple(options.prior) == PRIORS and options.seeds == len(SEEDS))
 
 
 def main() -> None:
-    """Parse the command line, run, print, and write the evidence of a full run."""
+    """Parse the command line, run, print, and write the evidence of what was measured whole."""
     parser = argparse.ArgumentParser(prog="python dev bench ld_rps", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="coffee, one seed, three degradations: under ten minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="coffee, one seed, three degradations, the table: under ten minutes on two cores")
     parser.add_argument("--json", action="store_true", help="end with the rows as one line of JSON")
     parser.add_argument("--prior", nargs="+", default=list(PRIORS), choices=PRIORS)
     parser.add_argument("--degradation", nargs="+", choices=list(RECIPES))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--ablations", nargs="*", default=list(RECIPES), choices=list(RECIPES), help="degradations to take parts away on")
-    parser.add_argument("--reference", choices=["estimate", "full", "none"], default="estimate", help="full takes many hours without a GPU")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="each is a section of its own in docs/evidence.md")
+    parser.add_argument("--reference", choices=["estimate", "full"], default="estimate", help="of the published schedule: full takes many hours without a GPU")
     parser.add_argument("--measured", action="store_true", help="measure nothing more: write what earlier runs measured")
     options = parser.parse_args()
     if options.quick:
-        options.prior = options.prior[:1]
+        options.prior, options.parts = options.prior[:1], ["table"]
     results = Results(results_file("ld_rps"), measure=not options.measured)
-    rows = run(options, results)
-    if is_whole(options):
-        write_evidence(rows, torch.get_num_threads())
+    found = run(options, results)
+    whole = {key: rows for key, rows in found.items() if rows and is_whole(key[1], options)}
+    if whole:
+        write_evidence(whole, torch.get_num_threads())
         keep_rows(results)
     if options.json:
-        say(json.dumps({"rows": [row for row in rows if "method" in row]}))
+        say(json.dumps({"rows": [row for rows in found.values() for row in rows if "method" in row]}))
 
 
 if __name__ == "__main__":

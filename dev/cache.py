@@ -39,15 +39,19 @@ def is_complete(folder: Path, key: str) -> bool:
         return False
 
 
-def build_once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """Has `build` fill `folder` unless an earlier run finished it. What an interrupted run left is removed first."""
-    if is_complete(folder, key):
+def build_once(folder: Path, key: str, build: Callable[[Path], None], works: Callable[[Path], bool] = Path.is_dir) -> Path:
+    """Has `build` fill `folder` unless an earlier run finished it and it still works. What is there otherwise is removed first."""
+    if is_complete(folder, key) and works(folder):
         return folder
     with locked(folder.with_name(folder.name + ".lock")):
         if is_complete(folder, key):
-            return folder
-        if folder.exists():
+            if works(folder):
+                return folder
+            say(f"{folder} no longer works; building it again")
+            (folder / MARKER).unlink()  # first, so that what an interrupted removal leaves is not taken for whole
+        elif folder.exists():
             say(f"removing what an interrupted run left in {folder}")
+        if folder.exists():
             remove_tree(folder)
         folder.mkdir(parents=True)
         build(folder)

@@ -17,6 +17,7 @@ from .launching import resolve_command, run_in_environment, run_module
 from .server import log_end, running_server
 
 Command = Callable[[argparse.Namespace, list[str]], int]
+DEMO_FILES = ("before.png", "after.png", "compare.png")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -102,10 +103,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def command_demo(options: argparse.Namespace, _: list[str]) -> int:
     """Restores one degraded photograph."""
+    if options.input:
+        spare_photograph(Path(options.input), Path(options.out))
     arguments = ["--degradation", options.degradation, "--seed", str(options.seed), "--out", options.out]
     arguments += ["--input", options.input] if options.input else []
     arguments += [f"--set={setting}" for setting in options.set] + (["--json"] if options.json else [])
     return run_against_host(ensure_environment(options.host), "mend.dev.demo_run", arguments, options.server)
+
+
+def spare_photograph(photo: Path, out: Path) -> None:
+    """Refuses an output folder in which the demonstration would write over the user's own photograph."""
+    for file in (out / name for name in DEMO_FILES):
+        if file.exists() and photo.exists() and file.samefile(photo):
+            raise DevError(f"the demo would write over {photo}: name another folder with --out, or rename the photograph.")
 
 
 def command_bench(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -29,6 +29,11 @@ class Environment:
         """The folder of the interpreter's own programs, such as ruff and comfy-test."""
         return self.python.parent
 
+    @property
+    def is_users(self) -> bool:
+        """Whether the host is the user's, and not one that was fetched into the cache folder."""
+        return not self.host.resolve().is_relative_to((cache.home() / "hosts").resolve())
+
 
 def ensure_environment(host_version: str | None = None) -> Environment:
     """The environment, set up first if need be. COMFYUI_PATH and COMFYUI_PYTHON count unless a host version is asked for."""
@@ -80,10 +85,15 @@ def managed_python() -> Path:
     check_python()
     wanted = pins.environment_pins()
     key = pins.environment_key(wanted)
-    folder = cache.home() / "environments" / key
-    if not cache.is_complete(folder, key):
-        check_space()
-    return python_in(cache.build_once(folder, key, install))
+    return python_in(cache.build_once(cache.home() / "environments" / key, key, install, works=starts))
+
+
+def starts(folder: Path) -> bool:
+    """Whether the interpreter of a virtual environment starts: it does not when the Python that it was made with has gone."""
+    try:
+        return subprocess.run([str(python_in(folder)), "-I", "-S", "-c", ""], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
 def check_python() -> None:
@@ -98,7 +108,6 @@ def check_python() -> None:
 def check_space() -> None:
     """Says before a long download that the disk is too small for it."""
     folder = cache.home()
-    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free / 2**30
     if free < NEEDED_GIB:
         raise DevError(
@@ -113,6 +122,7 @@ def python_in(folder: Path) -> Path:
 
 def install(folder: Path) -> None:
     """Fills an empty folder: a virtual environment with torch, all that the host names, and the tools."""
+    check_space()
     say(f"setting up in {cache.home()} (about {INSTALLED_GIB} GiB; once, until the pins change)")
     create_venv(folder)
     python = python_in(folder)

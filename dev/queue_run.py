@@ -27,6 +27,7 @@ class ProgressLines:
 
     def __call__(self, line: str) -> None:
         if sys.stderr.isatty():
+            self.last_shown = time.monotonic()
             sys.stderr.write(f"\r\033[K[mend] {line}")
             sys.stderr.flush()
         elif time.monotonic() - self.last_shown >= SECONDS_BETWEEN_LINES:

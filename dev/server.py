@@ -19,6 +19,7 @@ from pathlib import Path
 from . import workspace
 from .console import DevError, elapsed, say
 from .environment import Environment
+from .host_folders import own_folders, users_folders
 from .launching import child_environment
 
 START_SECONDS = 300
@@ -51,13 +52,19 @@ def running_server(
 ) -> Iterator[Server]:
     """A server for as long as the `with` block lasts.
 
-    `base` defaults to this checkout's base folder. Unless `keep_files` is set, uploads, outputs and previews live in a
-    folder that goes with the server. `log` takes the server's output; without it, the output goes to standard error.
+    `base` defaults to this checkout's base folder, and then a ComfyUI of the user's keeps its models and custom nodes. Unless
+    `keep_files` is set, uploads, outputs and previews live in a folder that goes with the server. `log` takes the server's
+    output; without it, the output goes to standard error.
     """
+    with_users_own = base is None and environment.is_users
     base = base or workspace.base_folder()
+    if port:
+        check_port(port)
     port = port or free_port()
     with tempfile.TemporaryDirectory(prefix="mend-server-", ignore_cleanup_errors=True) as scratch:
-        command = server_command(environment, base, port, Path(scratch), keep_files) + list(extra)
+        files = base if keep_files else Path(scratch)
+        folders = users_folders(environment.host, base, files, Path(scratch)) if with_users_own else own_folders(base, files)
+        command = [*server_command(environment, port, Path(scratch)), *folders, *extra]
         with open(log, "wb") if log else contextlib.nullcontext(sys.stderr) as output:
             process = subprocess.Popen(command, env=child_environment(environment), stdout=output, stderr=subprocess.STDOUT, cwd=base)
             server = Server(f"http://127.0.0.1:{port}", process, log)
@@ -68,15 +75,11 @@ def running_server(
                 stop(process)
 
 
-def server_command(environment: Environment, base: Path, port: int, scratch: Path, keep_files: bool) -> list[str]:
-    """The command line of the host."""
-    command = [str(environment.python), str(environment.host / "main.py"), "--base-directory", str(base), "--port", str(port)]
+def server_command(environment: Environment, port: int, scratch: Path) -> list[str]:
+    """The command line of the host, less its folders."""
+    command = [str(environment.python), str(environment.host / "main.py"), "--port", str(port)]
     command += ["--temp-directory", str(scratch), "--database-url", "sqlite:///:memory:"]
     command += ["--disable-auto-launch", "--disable-api-nodes", "--dont-print-server"]
-    if not keep_files:
-        for kind in ("input", "output"):
-            (scratch / kind).mkdir()
-            command += [f"--{kind}-directory", str(scratch / kind)]
     if not has_gpu(environment):
         command.append("--cpu")
     return command
@@ -98,6 +101,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def check_port(port: int) -> None:
+    """Says before a start that another program has the port: its answers would be taken for those of our server."""
+    with socket.socket() as probe:
+        # As the host's own listening socket has it: no other program at the port, though closed connections may linger there.
+        option = socket.SO_EXCLUSIVEADDRUSE if sys.platform == "win32" else socket.SO_REUSEADDR
+        probe.setsockopt(socket.SOL_SOCKET, option, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise DevError(f"cannot serve on port {port}: {error}. Stop what uses it, or choose another with --port.") from error
 
 
 def wait_until_ready(server: Server) -> None:

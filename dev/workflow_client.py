@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import uuid
@@ -119,18 +120,13 @@ class Client:
             return
 
     async def save(self, result: Result, folder: Path) -> None:
-        """Downloads the files of a result into a folder and notes their paths in it."""
+        """Downloads the files of a result into a folder, beside what is there, and notes their paths in it."""
         folder.mkdir(parents=True, exist_ok=True)
-        taken: set[str] = set()
         for file in result.files:
             query = {key: file[key] for key in ("filename", "subfolder", "type")}
             async with self.session.get(self.url + "/view", params=query) as response:
                 response.raise_for_status()
-                name = Path(file["filename"]).name
-                path = folder / (name if name not in taken else f"{file['node'].replace(':', '-')}-{name}")
-                taken.add(path.name)
-                path.write_bytes(await response.read())
-            file["path"] = str(path)
+                file["path"] = str(write_new(folder, Path(file["filename"]).name, await response.read()))
 
 
 async def queue_workflow(
@@ -171,6 +167,18 @@ def collect(outputs: dict[str, Any], prompt: Prompt, result: Result) -> None:
                     result.files.append(file)
                 elif isinstance(value, str):
                     result.texts.setdefault(node_id, []).append(value)
+
+
+def write_new(folder: Path, name: str, content: bytes) -> Path:
+    """Writes a file under this name, with a number added where the name is taken, and returns its path."""
+    for number in itertools.count(1):
+        path = folder / (name if number == 1 else f"{Path(name).stem}_{number}{Path(name).suffix}")
+        try:
+            with path.open("xb") as file:
+                file.write(content)
+        except FileExistsError:
+            continue
+        return path
 
 
 def rejection_text(body: str, prompt: Prompt) -> str:

@@ -12,6 +12,7 @@ from comfy_cli import workflow_to_api
 Prompt = dict[str, dict[str, Any]]
 NEVER_EXECUTED = {"Note", "MarkdownNote", "PrimitiveNode", "GetNode", "SetNode", "Reroute"}
 MUTED_OR_BYPASSED = {2, 4}
+BOOLEANS = {"true": True, "false": False}
 
 
 class WorkflowError(Exception):
@@ -102,7 +103,11 @@ def apply_settings(prompt: Prompt, settings: Iterable[str], object_info: dict[st
         if input_name not in node["inputs"] and input_name.split(".")[0] not in schema:
             known = ", ".join(dict.fromkeys([*node["inputs"], *schema]))
             raise WorkflowError(f"--set {setting}: {node['class_type']} has no input {input_name}. It has {known}.")
-        node["inputs"][input_name] = parse_value(text, schema.get(input_name))
+        spec = input_spec(schema, node["inputs"], input_name)
+        value = parse_value(text, spec)
+        if kind_of(spec) == "BOOLEAN" and not isinstance(value, list) and value not in (True, False):
+            raise WorkflowError(f"--set {setting}: {input_name} is on or off; it takes true or false.")
+        node["inputs"][input_name] = value
 
 
 def input_schema(node_info: dict[str, Any]) -> dict[str, Any]:
@@ -111,14 +116,29 @@ def input_schema(node_info: dict[str, Any]) -> dict[str, Any]:
     return {**inputs.get("required", {}), **inputs.get("optional", {})}
 
 
+def input_spec(schema: dict[str, Any], inputs: dict[str, Any], name: str) -> Any:
+    """How the host describes an input; None where it does not. What belongs to a choice of a dynamic combo is described with the choice."""
+    outer, dot, inner = name.partition(".")
+    if name in schema or not dot or kind_of(schema.get(outer)) != "COMFY_DYNAMICCOMBO_V3":
+        return schema.get(name)
+    chosen = [option for option in schema[outer][1]["options"] if option["key"] == inputs.get(outer)]
+    return input_schema({"input": chosen[0]["inputs"]}).get(inner) if chosen else None
+
+
+def kind_of(spec: Any) -> str | None:
+    """The type of an input; None where it is not described or is a list of choices."""
+    return spec[0] if isinstance(spec, (list, tuple)) and spec and isinstance(spec[0], str) else None
+
+
 def parse_value(text: str, spec: Any) -> Any:
-    """The value a setting stands for: text for a text input, else JSON where it is JSON."""
-    if isinstance(spec, (list, tuple)) and spec and spec[0] == "STRING":
+    """The value a setting stands for: text for a text input, else JSON where it is JSON, or Python's True or False."""
+    if kind_of(spec) == "STRING":
         return text
     try:
         return json.loads(text)
     except ValueError:
-        return text
+        # The host takes every text but an empty one for true. Among choices the word may be the name of one.
+        return BOOLEANS.get(text.lower(), text) if spec is None or kind_of(spec) == "BOOLEAN" else text
 
 
 def image_inputs(prompt: Prompt, object_info: dict[str, Any]) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.amp import autocast
 
+from ..dev.cache import home
 from . import headless
 from .autoencoder import autoencoder_loss, build_autoencoder, crops, encode, finest_scale
 from .denoisers import PIXEL, build_dit, build_unet, dropped_ids, flow_loss, sd_alphas_cumprod, unet_loss
@@ -39,7 +40,7 @@ LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 
 
 def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, Tensor]], run: Path, steps: int, peak: float,
-          evaluate: Callable[[Average, int], None]) -> Average:
+          evaluate: Callable[[Average, int], None], missing: bool = False) -> Average:
     """Train to `steps`, saving about once a minute.
 
     Args:
@@ -49,7 +50,8 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, T
         run: file that holds the state of the run.
         steps: total steps, over all resumptions.
         peak: highest learning rate.
-        evaluate: called with the averaged weights and the steps taken whenever the run is saved.
+        evaluate: called with the averaged weights and the steps taken before the run is saved: what is saved has its weights written.
+        missing: whether those weights are not there, so that a run with nothing left to do writes them again.
 
     Returns:
         The averaged weights.
@@ -57,6 +59,8 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, T
     average = Average(module)
     optimizer = MuonAdam(module, peak)
     step = load_run(run, module, average, optimizer)
+    if step >= steps and missing:
+        evaluate(average, step)
     saved, begun, figures = time.monotonic(), time.monotonic(), []
     for step in range(step, steps):
         torch.manual_seed(step)
@@ -65,15 +69,15 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, T
         average.update(module, step)
         figures.append(figure)
         if time.monotonic() - saved > SAVE_EVERY or step == steps - 1:
-            save_run(run, step + 1, module, average, optimizer)
             recent = torch.stack(figures[-100:]).mean().item()
             log(f"{name} step {step + 1}/{steps} figure {recent:.4f} {time.monotonic() - begun:.0f} s")
             evaluate(average, step + 1)
+            save_run(run, step + 1, module, average, optimizer)
             saved = time.monotonic()
     return average
 
 
-def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int, decoder_only: bool = False) -> None:
+def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int, decoder_only: bool = False, missing: bool = False) -> None:
     """Train the VAE and write lab/weights/vae.safetensors; with `decoder_only` the latents of existing weights stay what they are."""
     store = cached_pictures(cache, count)
     model = build_autoencoder().to(device, memory_format=torch.channels_last)
@@ -95,11 +99,11 @@ def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int,
         log("vae held-out PSNR " + " ".join(f"{v:.2f}" for v in (-10 * error.log10()).tolist()) + "")
         averaged.vae_scale.fill_(LATENT_SCALE)
         averaged.vae_shift.fill_(LATENT_SHIFT)
-        save_weights(WEIGHTS / "vae.safetensors", averaged.state_dict(),
+        save_weights(weights_file("vae"), averaged.state_dict(),
                      {"mend.kind": "lab_vae", "mend.lab.steps": str(done), "mend.preview": json.dumps(preview_colours(averaged, store, device))})
 
     name = "decoder" if decoder_only else "vae"
-    train(name, model, loss_of, cache / f"{name}.run.safetensors", steps, 4e-4 if decoder_only else 1e-3, evaluate)
+    train(name, model, loss_of, cache / f"{name}.run.safetensors", steps, 4e-4 if decoder_only else 1e-3, evaluate, missing)
 
 
 def preview_colours(model: nn.Module, store: np.ndarray, device: torch.device) -> tuple[list[list[float]], list[float]]:
@@ -134,7 +138,7 @@ def encode_pictures(cache: Path, device: torch.device, count: int) -> tuple[np.n
             rows.append(encode(model, x).cpu().half().numpy())
         if start % 1024 == 0:
             log(f"encoded {start}/{count}")
-    np.save(latents_file, np.concatenate(rows))
+    save_array(latents_file, np.concatenate(rows))
     return np.load(latents_file, mmap_mode="r"), captions(cache, count)
 
 
@@ -144,11 +148,11 @@ def captions(cache: Path, count: int) -> np.ndarray:
     if not file.exists():
         ids = [[WORDS.index(word) for word in describe(image / np.float32(255))] for image in cached_pictures(cache, count)]
         width = max(map(len, ids))
-        np.save(file, np.array([row + [PAD] * (width - len(row)) for row in ids], np.int16))
+        save_array(file, np.array([row + [PAD] * (width - len(row)) for row in ids], np.int16))
     return np.load(file)
 
 
-def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, count: int) -> None:
+def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, count: int, missing: bool = False) -> None:
     """Train the UNet, the DiT or the UNet on pixels and write lab/weights/<kind>.safetensors."""
     pixels = kind == "pixel"
     if pixels:
@@ -173,9 +177,9 @@ def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, cou
         tensors = {**model.state_dict(), **average.shadow}
         tensors.pop("net.pos_embed", None)
         renamed = {k.replace("net.", "model.diffusion_model.", 1) if k.startswith("net.") else k: v for k, v in tensors.items()}
-        save_weights(WEIGHTS / f"{kind}.safetensors", renamed, {"mend.kind": f"lab_{kind}", "mend.lab.steps": str(done)})
+        save_weights(weights_file(kind), renamed, {"mend.kind": f"lab_{kind}", "mend.lab.steps": str(done)})
 
-    train(kind, model, loss_of, cache / f"{kind}.run.safetensors", steps, 1.5e-3, evaluate)
+    train(kind, model, loss_of, cache / f"{kind}.run.safetensors", steps, 1.5e-3, evaluate, missing)
 
 
 def half_precision(device: torch.device) -> autocast:
@@ -187,6 +191,19 @@ def log(line: str) -> None:
     """Write a line of the training log at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+def save_array(file: Path, array: np.ndarray) -> None:
+    """Write an array atomically: what a killed run left half written would be taken for whole."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("wb") as stream:
+        np.save(stream, array)
+    os.replace(temporary, file)
+
+
+def weights_file(part: str) -> Path:
+    """Where a part's weights are written; the VAE and its decoder share a file."""
+    return WEIGHTS / ("vae.safetensors" if part == "decoder" else f"{part}.safetensors")
 
 
 def save_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -201,7 +218,7 @@ def main() -> None:
     """Train the named parts, or all of them in order."""
     parser = argparse.ArgumentParser(prog="python dev train-lab", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*STEPS, []], help="default: all, in this order")
-    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend")) / "lab")
+    parser.add_argument("--cache", type=Path, default=home() / "lab")
     parser.add_argument("--steps", type=int, help="stop after so many steps")
     parser.add_argument("--pictures", type=int, default=8000)
     parser.add_argument("--threads", type=int)
@@ -210,11 +227,14 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     headless.boot()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for part in arguments.parts or STEPS:
+    parts = arguments.parts or list(STEPS)
+    missing = {part for part in parts if not weights_file(part).exists()}  # asked before the VAE is written, since its decoder has the same file
+    for part in parts:
+        steps = arguments.steps or STEPS[part]
         if part in ("vae", "decoder"):
-            train_autoencoder(arguments.cache, device, arguments.steps or STEPS[part], arguments.pictures, part == "decoder")
+            train_autoencoder(arguments.cache, device, steps, arguments.pictures, part == "decoder", part in missing)
         else:
-            train_denoiser(part, arguments.cache, device, arguments.steps or STEPS[part], arguments.pictures)
+            train_denoiser(part, arguments.cache, device, steps, arguments.pictures, part in missing)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ class PixelDecoder:
         x = x[:, :, 0] if x.ndim == 5 else x
         return x.float() * self.gain + self.offset
 
+    def fits(self, z: Tensor) -> bool:
+        """Tell whether memory is free for decoding all of `z` at once without a way back, by the host's own estimate."""
+        need = self.vae.memory_used_decode(z.shape, self.vae.vae_dtype)
+        return need <= self.vae.patcher.get_free_memory(self.vae.device)
+
     def memory(self, shape: tuple[int, ...]) -> float:
         """Bytes that one forward and backward pass over latents of `shape` needs, with the copies of weights that it keeps."""
         return BACKWARD_FACTOR * self.vae.memory_used_decode(shape, self.vae.vae_dtype) + self.vae.patcher.model_size()

@@ -69,6 +69,7 @@ def vgg16_weights() -> dict[str, Tensor] | None:
             wanted = {f"features.{layer}.{part}" for layer in VGG_LAYERS for part in ("weight", "bias")}
             missing = sorted(wanted - tensors.keys())
             if missing:
-                raise ValueError(f"models/mend/perceptual/vgg16.safetensors lacks {', '.join(missing)}; it must hold torchvision's VGG16 weights")
+                raise ValueError(f"{file} lacks {', '.join(missing)}, which torchvision's VGG16 has. Put the whole of its weights there, as a safetensors file, "
+                                 "or take the file away: then the VAE's own features are compared.")
             return {name: tensors[name] for name in wanted}
     return None

@@ -27,8 +27,9 @@ class FrameImage(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture to restore, of any size; grey, RGB or with transparency."),
                 io.Float.Input(
                     "scale", default=1.0, min=0.25, max=8.0, step=0.05,
-                    tooltip="Enlarges the picture before it is restored. Use 2 to 4 for small pictures; most models work best around 512 "
-                    "to 1024 pixels a side. At 1 no pixel is changed.",
+                    tooltip="Enlarges the picture before it is restored; below 1 it becomes smaller, and what is saved has that size. For "
+                    "SDXL, SD3 and FLUX set it so that the picture has about 1024 pixels a side: 4 for one of 256, 0.25 for one of 4000. At "
+                    "1 no pixel is changed.",
                 ),
                 io.Int.Input(
                     "multiple", default=16, min=8, max=128, step=8, advanced=True,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from comfy_api.latest import io
 
+from ..model_patches.errors import telling
 from ..model_patches.framing import rgb_pictures
 from ..model_patches.perceptual import vgg16_weights
 from ..samplers.alignment import Alignment
@@ -280,7 +281,8 @@ class ApplyPosteriorGuidance(io.ComfyNode):
         settings = Posterior(strength, t1 / 1000, steps, every, noise, companion, through_model, published, published_scale, tile)
         vgg = None
         if alignment.content_features or alignment.distance_features:
-            vgg = vgg16_weights()
+            with telling(f"{GUIDANCE}:"):
+                vgg = vgg16_weights()
             logging.info("Mend: perceptual features come from %s", "VGG16" if vgg else "the VAE encoder")
         return io.NodeOutput(GuidedModel(settings, alignment, quality, vae, pictures, mask, vgg).attach(model))
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model_patches.fpam import upsample_grid
+from .grain import Grain, grain_of
 from .quality import Quality, dark_channel
 
 CURVE_POINTS = 257
@@ -35,14 +36,14 @@ class KnownDegradation:
         mix: (3, 3) colour matrix.
         airlight: (3,) A.
         transmission: (1, 1, g, g) t on a coarse grid.
-        noise: deviation of the noise, in pixel values of 0..1.
+        grain: of the picture.
     """
 
     curve: Tensor
     mix: Tensor
     airlight: Tensor
     transmission: Tensor
-    noise: float
+    grain: Grain
 
     @property
     def changes(self) -> bool:
@@ -67,35 +68,34 @@ def known_degradation(y: Tensor, quality: Quality | None, grid: int, grey: bool)
     if quality is not None and quality.exposure > 0:
         curve = _tone_curve(_local_means(_clear(y, airlight, transmission)), quality.exposure_target)
     luma = y.new_tensor(LUMA).expand(3, 3)
-    return KnownDegradation(curve, luma if grey else torch.eye(3).to(y), airlight, transmission, noise_level(y))
+    return KnownDegradation(curve, luma if grey else torch.eye(3).to(y), airlight, transmission, grain_of(y))
 
 
 def first_guess(y: Tensor, known: KnownDegradation) -> Tensor:
     """Undo a known degradation: (1, 3, H, W) in 0..1. Where a tone curve or haze is undone grain is smoothed first, which keeps edges; a
     picture with neither is left as it is. Lost detail and colours stay for the model to mend."""
     if known.changes:
-        y = _without_grain(y, known.noise)
+        y = _without_grain(y, known.grain)
     clear = _clear(y, known.airlight, known.transmission).clamp(known.curve[0].item(), known.curve[-1].item())
     position = torch.searchsorted(known.curve.contiguous(), clear.contiguous()).clamp(1, CURVE_POINTS - 1)
     low, high = known.curve[position - 1], known.curve[position]
     return ((position - 1 + (clear - low) / (high - low).clamp(min=1e-6)) / (CURVE_POINTS - 1)).clamp(0, 1)
 
 
-def noise_level(y: Tensor) -> float:
-    """Deviation of white noise in (1, 3, H, W), from the median of the diagonal Haar details (Donoho's estimate)."""
-    if min(y.shape[-2:]) < 4:
-        return 0.0
-    height, width = (side // 2 * 2 for side in y.shape[-2:])
-    a, b = y[..., 0:height:2, 0:width:2], y[..., 0:height:2, 1:width:2]
-    c, d = y[..., 1:height:2, 0:width:2], y[..., 1:height:2, 1:width:2]
-    return float(((a - b - c + d) / 2).abs().flatten().median() / 0.6745)
-
-
 def _local_means(y: Tensor) -> Tensor:
     return F.avg_pool2d(y, min(POOL, *y.shape[-2:]))
 
 
-def _without_grain(y: Tensor, noise: float) -> Tensor:
+def _without_grain(y: Tensor, grain: Grain) -> Tensor:
+    """Smooth grain away at the size it has, and leave what is finer."""
+    if grain.size == 1:
+        return _bilateral(y, grain.deviation)
+    shrunk = F.avg_pool2d(y, grain.size, ceil_mode=True, count_include_pad=False)
+    found = shrunk - _bilateral(shrunk, grain.deviation)
+    return y - F.interpolate(found, scale_factor=grain.size, mode="bilinear", align_corners=False)[..., :y.shape[-2], :y.shape[-1]]
+
+
+def _bilateral(y: Tensor, noise: float) -> Tensor:
     """Bilateral smoothing, a band of rows at a time: kornia keeps a whole window for every pixel."""
     from kornia.filters import bilateral_blur
 

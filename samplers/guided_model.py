@@ -20,7 +20,7 @@ from ..model_patches.host_gradients import (
 from ..model_patches.host_lora import is_quantised
 from ..model_patches.host_vae import LatentEncoder, PixelDecoder
 from .alignment import Alignment
-from .posterior_guidance import NODE, Posterior, PosteriorRun, row_seed
+from .posterior_guidance import HALO, NODE, Posterior, PosteriorRun, row_seed
 from .quality import Quality
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class GuidedModel:
         key = f"mend_posterior_run_{id(predict)}"
         wrappers = guider.model_options["transformer_options"].setdefault("wrappers", {}).setdefault(WrappersMP.PREDICT_NOISE, {})
         wrappers[key] = [predict]
-        if self.settings.companion:
+        if self.settings.companion and not self.settings.through_model:  # whose way back has no place for them
             noise, latent_image, denoise_mask = _with_companions(noise, latent_image, denoise_mask, seed or 0)
             callback = _without_companions(callback, batch)
             if kwargs.get("latent_shapes"):
@@ -84,7 +84,7 @@ class GuidedModel:
 
     def _prepare_sampling(self, executor: Any, model: "ModelPatcher", noise_shape: list[int], conds: dict, *args: Any, **kwargs: Any) -> Any:
         """Ask the host to leave room for the decoder's backward pass."""
-        tile = [min(side, self.settings.tile) for side in noise_shape[-2:]]
+        tile = [min(side, self.settings.tile + 2 * HALO) if side > self.settings.tile else side for side in noise_shape[-2:]]
         decoder = PixelDecoder(self.vae, model.model)
         need = decoder.memory((1, *noise_shape[1:-2], *tile))
         return executor(model, reserve(model, list(noise_shape), need), conds, *args, **kwargs)
@@ -119,7 +119,7 @@ class _Predictor:
         schedule = model_options["transformer_options"].get("sample_sigmas", self.sigmas)
         if self.run is None:
             self.run = self.guided.start(guider, x, schedule, self.seed, self.noise)
-        self.run.sigmas = schedule.tolist()
+        self.run.follow(schedule.tolist())
         sigma = float(timestep.flatten()[0])
         if self.guided.settings.through_model:
             return self._through_model(executor, guider, x, timestep, sigma, model_options, seed)

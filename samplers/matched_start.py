@@ -14,7 +14,7 @@ from ..model_patches.framing import pad_to
 from ..model_patches.host import initial_noise, is_flow
 from ..model_patches.host_vae import encode_pictures
 from .bridge import Path
-from .first_guess import noise_level
+from .grain import grain_like, grain_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -35,11 +35,11 @@ def latent_noise(patcher: "ModelPatcher", vae: "VAE", picture: Tensor) -> float:
     """
     cell = vae.spacial_compression_encode()
     picture = pad_to(picture.cpu().float(), tuple(-(-side // cell) * cell for side in picture.shape[1:3]))
-    grain = noise_level(picture.movedim(-1, 1))
-    probe = max(grain, LEAST_PROBE)
-    noisy = picture + probe * torch.randn(picture.shape, generator=torch.Generator().manual_seed(PROBE_SEED))
+    grain = grain_of(picture.movedim(-1, 1))
+    probe = max(grain.deviation, LEAST_PROBE)
+    noisy = picture + probe * grain_like(grain, picture.shape, torch.Generator().manual_seed(PROBE_SEED))
     change = encode_pictures(vae, patcher.model, noisy) - encode_pictures(vae, patcher.model, picture)
-    return float(change.detach().std(unbiased=False)) * grain / probe
+    return float(change.detach().std(unbiased=False)) * grain.deviation / probe
 
 
 @dataclass(frozen=True)

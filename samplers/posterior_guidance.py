@@ -30,6 +30,8 @@ NODE = "Apply Posterior Guidance"
 MISFIT = 0.02
 LEAST_TILE = 16
 HALO = 8
+# (top, bottom, left, right) in cells of a latent.
+Region = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,19 @@ class Row:
     correction_variance: float = 0.0
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A tile of what the likelihood was taken at.
+
+    Attributes:
+        look: psi of it.
+        lacks: (1, 3, H, W), or 0: what is missing from the tile when it is decoded alone.
+    """
+
+    look: Tensor
+    lacks: Tensor | float
+
+
 @dataclass
 class Counters:
     """Work done by a run, for benchmarks."""
@@ -103,7 +118,7 @@ class PosteriorRun:
                  encoder: LatentEncoder, vgg: dict[str, Tensor] | None, model_sampling: object, sigmas: Tensor, seed: int, noise: Tensor) -> None:
         self.settings, self.quality, self.decoder = settings, quality, decoder
         self.model_sampling = model_sampling
-        self.tile = settings.tile
+        self.tile, self.whole_fits = settings.tile, True
         self.counters = Counters()
         self.started = False
         self.sigmas = [float(sigma) for sigma in sigmas]
@@ -114,9 +129,18 @@ class PosteriorRun:
             picture = y[index:index + 1]
             generator = torch.Generator().manual_seed(row_seed(seed, noise[index]))
             known = known_degradation(picture, quality, alignment.grid, alignment.grey)
-            level = (settings.noise or known.noise) + MISFIT
+            # Coarse grain says less than as many pixels of white noise would: its values are not independent.
+            level = (settings.noise or known.grain.deviation * known.grain.size) + MISFIT
             run = AlignmentRun(alignment, picture, known, perceptual, generator)
             self.rows.append(Row(picture, None if mask is None else mask[index:index + 1], level, run))
+
+    def follow(self, sigmas: list[float]) -> None:
+        """Take the schedule of a pass; what was found in another pass is not repeated in this one."""
+        if sigmas == self.sigmas:
+            return
+        self.sigmas = sigmas
+        for row in self.rows:
+            row.correction = None
 
     def guide(self, x0: Tensor, sigma: float) -> Tensor:
         """Move the predictions of one evaluation.
@@ -170,25 +194,29 @@ class PosteriorRun:
         late = time < self.settings.guide_below
         a = row.alignment.alignment
         updates = a.warmup if late and not self.started else a.updates
+        z = z0 if companion is None else torch.cat([z0, companion])
+        whole = self._whole(z) if updates else None
         for _ in range(updates):
             interrupt_point()
             try:
-                crop, window = self._decoded_crop(row, z0, companion)
+                crop, window = self._decoded_crop(row, z, whole)
                 row.alignment.update(crop, window, late)
             except OUT_OF_MEMORY as error:
                 reraise_unless_out_of_memory(error)
                 raise MemoryError(f"{NODE}: F-PAM does not fit in memory as it learns. Lower 'crop' in F-PAM Alignment, or use a lighter 'vae'.") from error
             self.counters.updates += 1
 
-    def _decoded_crop(self, row: Row, z0: Tensor, companion: Tensor | None) -> tuple[Tensor, Window]:
+    def _decoded_crop(self, row: Row, z: Tensor, whole: Tensor | None) -> tuple[Tensor, Window]:
         cell = self.decoder.cell
-        rows, columns = z0.shape[-2:]
+        rows, columns = z.shape[-2:]
         side = max(1, row.alignment.alignment.crop // cell)
         tall, wide = min(side, rows), min(side, columns)
         top, left = (int(torch.randint(0, limit + 1, (), generator=row.alignment.generator)) for limit in (rows - tall, columns - wide))
-        z = z0 if companion is None else torch.cat([z0, companion])
+        region = (top, top + tall, left, left + wide)
+        if whole is not None:
+            return self._part(whole, region)
         with torch.no_grad():
-            crop, window = self._decode_window(z, (top, top + tall, left, left + wide))
+            crop, window = self._decode_window(z, region)
         self.counters.decodes += 1
         return crop.detach(), window
 
@@ -232,7 +260,7 @@ class PosteriorRun:
                         "(start ComfyUI with --fp32-vae)%s.", NODE, " or set 'gradient' to 'prediction'" if self.settings.through_model else "")
         return finite
 
-    def _step_length(self, row: Row, z: Tensor, g: Tensor, direction: Tensor, variance: float, seen: list[Tensor] | None) -> Tensor:
+    def _step_length(self, row: Row, z: Tensor, g: Tensor, direction: Tensor, variance: float, seen: list[Seen] | None) -> Tensor:
         """Minimum of the quadratic model along a direction: the likelihood's curvature from one more decode, the prior's known."""
         size = direction.square().mean().sqrt()
         if size == 0 or not torch.isfinite(size):
@@ -254,13 +282,15 @@ class PosteriorRun:
         preserved = signal_level(self.model_sampling, following) * (1 + noise_to_signal(self.model_sampling, following) ** 2) ** 0.5
         return z0 - self.settings.strength * scale * preserved * mean_gradient / max(1 - following / max(sigma, 1e-6), 1e-3)
 
-    def _likelihood(self, row: Row, z: Tensor, companion: Tensor | None, time: float) -> tuple[Tensor, list[Tensor]]:
-        """Gradient of strength * N / (2 s^2) * (L + Q) and psi of every tile."""
-        g, looks, regions = torch.zeros_like(z), [], self._regions(z)
-        slope = self._quality_slope(z, regions, time) if len(regions) > 1 else None
+    def _likelihood(self, row: Row, z: Tensor, companion: Tensor | None, time: float) -> tuple[Tensor, list[Seen]]:
+        """Gradient of strength * N / (2 s^2) * (L + Q), and what it is taken at."""
+        g, seen, regions, whole = torch.zeros_like(z), [], self._regions(z), self._whole(z)
+        slope = self._quality_slope(z, regions, whole, time) if len(regions) > 1 else None
         for region in regions:
             leaf = z.detach().clone().requires_grad_(True)
             x, window = self._decode_window(leaf, region)
+            lacks = 0.0 if whole is None else self._part(whole, region)[0] - x.detach()
+            x = x + lacks
             other = None
             if companion is not None and row.alignment.alignment.residual > 0:
                 with torch.no_grad():
@@ -268,7 +298,7 @@ class PosteriorRun:
             if row.mask is not None:
                 # Outside the mask the picture is looked at, by Q and D2 too, but not moved.
                 x = torch.lerp(x.detach(), x, cut(row.mask, window, x))
-            loss, seen = row.alignment.distance(x, window, other, row.mask)
+            loss, look = row.alignment.distance(x, window, other, row.mask)
             if self.quality is not None and len(regions) == 1:
                 loss = loss + quality_loss(x, self.quality, time)
             loss = loss * (x.numel() / 2)
@@ -277,36 +307,59 @@ class PosteriorRun:
             # The weight comes after the way back, whose numbers have to fit into the decoder's precision.
             part, = torch.autograd.grad(loss, leaf)
             g += self._weight(row) * part
-            looks.append(seen.detach())
+            seen.append(Seen(look.detach(), lacks))
             self.counters.decodes += 1
             self.counters.decoder_backwards += 1
-        return g, looks
+        return g, seen
 
-    def _quality_slope(self, z: Tensor, regions: list[tuple[int, int, int, int]], time: float) -> Tensor | None:
+    def _quality_slope(self, z: Tensor, regions: list[Region], whole: Tensor | None, time: float) -> Tensor | None:
         """Gradient of Q at the whole picture (1, 3, H, W), whose tiles may each be of one colour or light; None where nothing is active."""
         if self.quality is None or not self.quality.active(time):
             return None
-        with torch.no_grad():
-            tiles = [self._decode_window(z, region)[0] for region in regions]
-        self.counters.decodes += len(tiles)
-        columns = len({left for _, _, left, _ in regions})
-        whole = torch.cat([torch.cat(tiles[first:first + columns], -1) for first in range(0, len(tiles), columns)], -2)
-        leaf = whole.requires_grad_(True)
+        if whole is None:
+            with torch.no_grad():
+                tiles = [self._decode_window(z, region)[0] for region in regions]
+            self.counters.decodes += len(tiles)
+            columns = len({left for _, _, left, _ in regions})
+            whole = torch.cat([torch.cat(tiles[first:first + columns], -1) for first in range(0, len(tiles), columns)], -2)
+        leaf = whole.clone().requires_grad_(True)
         return torch.autograd.grad(quality_loss(leaf, self.quality, time), leaf)[0]
 
-    def _looks(self, row: Row, z: Tensor) -> list[Tensor]:
+    def _whole(self, z: Tensor) -> Tensor | None:
+        """Decode (B, C, h, w) at once and without gradients, where there are tiles and it fits: what tiles are to look like.
+
+        Decoders normalise and attend over all they are shown, so that a tile alone comes out in other colours than as a part of the picture.
+        Values are therefore those of the whole, and only the way back goes tile by tile.
+        """
+        if len(self._regions(z)) == 1 or not self.whole_fits or not self.decoder.fits(z):
+            return None
+        try:
+            with torch.no_grad():
+                whole = self.decoder(z)
+        except OUT_OF_MEMORY as error:
+            reraise_unless_out_of_memory(error)
+            self.whole_fits = False
+            return None
+        self.counters.decodes += 1
+        return whole
+
+    def _looks(self, row: Row, z: Tensor, lacks: list[Tensor | float]) -> list[Tensor]:
         looks = []
-        for region in self._regions(z):
+        for region, lack in zip(self._regions(z), lacks):
             x, window = self._decode_window(z, region)
-            looks.append(row.alignment.look(x, window, row.mask))
+            looks.append(row.alignment.look(x + lack, window, row.mask))
             self.counters.decodes += 1
         return looks
 
-    def _change(self, row: Row, z: Tensor, moved: Tensor, seen: list[Tensor] | None) -> Tensor:
-        """Squared change of psi between two latents; `seen` is psi at the first, of use while tiles are what they were."""
-        there = self._looks(row, moved)
-        here = seen if seen is not None and len(seen) == len(there) else self._looks(row, z)
-        return sum((a - b).square().sum() for a, b in zip(here, there))
+    def _change(self, row: Row, z: Tensor, moved: Tensor, seen: list[Seen] | None) -> Tensor:
+        """Squared change of psi between two latents; what was seen at the first is of use while tiles are what they were."""
+        count = len(self._regions(z))
+        if seen is not None and len(seen) == count:
+            here, lacks = [each.look for each in seen], [each.lacks for each in seen]
+        else:
+            lacks = [0.0] * count
+            here = self._looks(row, z, lacks)
+        return sum((a - b).square().sum() for a, b in zip(here, self._looks(row, moved, lacks)))
 
     def _weight(self, row: Row) -> float:
         return self.settings.strength / row.noise**2
@@ -316,7 +369,7 @@ class PosteriorRun:
         ratio = max(noise_to_signal(self.model_sampling, sigma), 1e-3) ** 2
         return ratio / (1 + ratio)
 
-    def _regions(self, z: Tensor) -> list[tuple[int, int, int, int]]:
+    def _regions(self, z: Tensor) -> list[Region]:
         """Cover a latent with (top, bottom, left, right) regions of at most a tile, even in size."""
         spans = []
         for side in z.shape[-2:]:
@@ -325,7 +378,7 @@ class PosteriorRun:
             spans.append(list(zip(edges, edges[1:])))
         return [(top, bottom, left, right) for top, bottom in spans[0] for left, right in spans[1]]
 
-    def _decode_window(self, z: Tensor, region: tuple[int, int, int, int]) -> tuple[Tensor, Window]:
+    def _decode_window(self, z: Tensor, region: Region) -> tuple[Tensor, Window]:
         """Decode a region of a latent with a halo around it, so that the decoder sees its neighbours and no seam can form."""
         top, bottom, left, right = region
         rows, columns = z.shape[-2:]
@@ -334,6 +387,11 @@ class PosteriorRun:
         cell = self.decoder.cell
         inner = x[..., (top - outer_top) * cell:(bottom - outer_top) * cell, (left - outer_left) * cell:(right - outer_left) * cell]
         return inner, (top * cell, left * cell, rows * cell, columns * cell)
+
+    def _part(self, whole: Tensor, region: Region) -> tuple[Tensor, Window]:
+        """The same region of a picture that is decoded already."""
+        top, bottom, left, right = (edge * self.decoder.cell for edge in region)
+        return whole[..., top:bottom, left:right], (top, left, *whole.shape[-2:])
 
     def _with_smaller_tiles(self, work, *arguments):  # noqa: ANN001 - passes through whatever `work` takes and gives
         """Retry with halved tiles when the device runs out of memory."""

@@ -46,7 +46,8 @@ class Quality:
 def exposure_loss(x: Tensor, target: float, patch: int) -> Tensor:
     """Mean squared distance of every patch's brightness from `target`; x (B, 3, H, W) in 0..1."""
     patch = min(patch, *x.shape[-2:])
-    return (F.avg_pool2d(x.mean(1, keepdim=True), patch) - target).square().mean()
+    patches = F.avg_pool2d(x.mean(1, keepdim=True), patch, ceil_mode=True, count_include_pad=False)
+    return (patches - target).square().mean()
 
 
 def chroma_loss(x: Tensor) -> Tensor:

@@ -31,8 +31,14 @@ class RecurrentSampler(comfy.samplers.Sampler):
 
     def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor,
                latent_image: Tensor | None = None, denoise_mask: Tensor | None = None, disable_pbar: bool = False) -> Tensor:
-        """Sample as the host's Sampler.sample does; the callback counts steps across all rounds."""
+        """Sample as the host's Sampler.sample does; the callback counts steps across all rounds.
+
+        Raises:
+            ValueError: for a VAE of another model, before anything is sampled.
+        """
         base = model_wrap.inner_model
+        if self.vae is not None:
+            self._check_vae(base.latent_format.latent_channels)
         later = round_sigmas(sigmas, float(base.model_sampling.percent_to_sigma(1 - self.gamma)))
         total = len(sigmas) - 1 + self.rounds * (len(later) - 1)
         x = self.inner.sample(model_wrap, sigmas, extra_args, counting(callback, 0, total), noise, latent_image, denoise_mask, disable_pbar)
@@ -46,6 +52,11 @@ class RecurrentSampler(comfy.samplers.Sampler):
             args, shown = of_round(extra_args, later, index), counting(callback, done, total)
             x = self.inner.sample(model_wrap, later, args, shown, fresh, start, denoise_mask, disable_pbar)
         return x
+
+    def _check_vae(self, channels: int) -> None:
+        if self.vae.latent_channels != channels:
+            raise ValueError(f"Recurrent Re-noising: 'vae' gives latents of {self.vae.latent_channels} channels and the model works on {channels}. "
+                             "Connect the VAE that belongs to the model, or none.")
 
     def _reencode(self, base: Any, x: Tensor, denoise_mask: Tensor | None) -> Tensor:
         """Decode and encode picture by picture, since a video VAE takes a batch for frames; what a noise mask holds stays as it is."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model_patches.framing import frame_pictures, unframe_pictures
-from .first_guess import noise_level
+from .grain import grain_of
 
 if TYPE_CHECKING:
     from comfy.sd import VAE
@@ -35,7 +35,7 @@ def returned_detail(restored: Tensor, start: Tensor, coded: Tensor, strength: fl
         grain: deviation of the noise in `start`, 0..1; 0 measures it.
     """
     dropped = (start - coded).movedim(-1, 1)
-    floor = (TRUST * (grain or noise_level(start.movedim(-1, 1)))) ** 2
+    floor = (TRUST * (grain or grain_of(start.movedim(-1, 1)).deviation)) ** 2
     energy = F.avg_pool2d(dropped.square().mean(1, keepdim=True), 2 * RADIUS + 1, 1, RADIUS, count_include_pad=False)
     weight = torch.where(energy > floor, 1 - floor / energy.clamp(min=1e-12), 0.0)
     return (restored + strength * (weight * dropped).movedim(1, -1)).clamp(0, 1)

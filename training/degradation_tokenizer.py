@@ -18,6 +18,7 @@ from ..degradations.visual_ground import visual_ground
 from ..model_patches import folders
 from ..model_patches.config_values import one_of, whole_number
 from ..model_patches.degradation_tokenizer import SIZES, TokenizerNetwork, check_fit, nearest, new_weights
+from ..model_patches.errors import telling
 from ..model_patches.host import torch_device, trained_operations
 from ..model_patches.perceptual import Perceptual, vgg16_weights
 from ..model_patches.robust_encoder import RobustEncoder
@@ -190,7 +191,8 @@ def _texture(pictures: Tensor) -> Tensor:
 def _perceptual(models: Models) -> Perceptual | None:
     """Return the perceptual distance: by VGG16 where the user has it, else by the model's VAE where it is connected."""
     folders.register()  # where no nodes are loaded nobody has
-    vgg = vgg16_weights()
+    with telling(f"{NODE}:"):
+        vgg = vgg16_weights()
     if vgg is not None:
         return Perceptual(None, vgg)
     if models.vae is None or models.model is None:

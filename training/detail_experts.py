@@ -19,6 +19,7 @@ from ..model_patches.config_values import whole_number
 from ..model_patches.daem import SIZES, DetailExperts
 from ..model_patches.detail_decoder import MEMORY_FACTOR, ExpertRun
 from ..model_patches.detail_experts import DAEM, LARGEST_WINDOW, LATENTS, SIGNATURE, WINDOW_STEP, check_fit, known_settings, new_weights
+from ..model_patches.errors import telling
 from ..model_patches.experts import KERNELS, balance
 from ..model_patches.host import make_room, trained_operations
 from ..model_patches.host_vae import BACKWARD_FACTOR, float_copy
@@ -179,7 +180,8 @@ class DetailExpertsTrainee:
 
     def _perceptual(self) -> Perceptual:
         folders.register()  # where no nodes are loaded nobody has
-        return Perceptual(_Encoder(self), vgg16_weights())
+        with telling(f"{NODE}:"):
+            return Perceptual(_Encoder(self), vgg16_weights())
 
     def _pixels(self, pictures: Tensor) -> Tensor:
         return pictures[..., :3].movedim(-1, 1).to(self.device, torch.float32)

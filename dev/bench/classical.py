@@ -5,7 +5,7 @@ import torch
 from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
-from ...samplers.first_guess import noise_level
+from ...samplers.grain import noise_level
 
 
 def auto_levels(image: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def main() -> None:
     """Train both, or take the pack's own, and print codes in use, how well instructions and estimates tell damage apart."""
     parser = argparse.ArgumentParser(prog="python dev bench degradation_tokenizer", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="measure the committed weights, on a few photographs")
-    parser.add_argument("--json", action="store_true", help="end with the figures as one line of JSON")
+    parser.add_argument("--json", action="store_true", help="end with the rows, one for each figure, as one line of JSON")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of the tokenizer")
     parser.add_argument("--estimator-steps", type=int, default=ESTIMATOR_STEPS, help="training steps of the estimator")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of training each, after which to stop with what is reached; the same command goes on")
@@ -203,7 +203,7 @@ def main() -> None:
         for weights in (codes, estimator):
             store(weights, FILES[weights.kind])
     if options.json:
-        report.say(json.dumps(found))
+        report.say(json.dumps({"rows": [{"figure": name, "value": value} for name, value in found.items()]}))
 
 
 def photographs(names: tuple[str, ...]) -> list[Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,6 +16,8 @@ from .published import TRAINED, full_weights
 
 ONSETS, WEIGHTS = (0.8, 0.5), (0.0, 0.05, 0.1, 0.2, 0.4)
 SCENE, SEED, GAP = "coffee", 0, 4
+# With --quick: the first row, without guidance and with the most of it.
+QUICK_ONSETS, QUICK_WEIGHTS = ONSETS[:1], (WEIGHTS[0], WEIGHTS[-1])
 FILE = report.PACK / "docs" / "restoration_guidance.jpg"
 
 
@@ -26,33 +30,41 @@ def labelled(picture: Tensor, text: str) -> Image.Image:
     return image
 
 
-def cells() -> list[list[Image.Image]]:
-    """Restore with every pair of settings: a row for each onset a, a column for each weight w."""
+def cells(onsets: tuple[float, ...], weights: tuple[float, ...]) -> tuple[list[list[Image.Image]], list[dict[str, Any]]]:
+    """Restore with every pair of settings: a row of pictures for each onset a, a column for each weight w; and the figures of all."""
     lab = Lab("dit", 0)
     trainee = lab.trainee(Run("dit", NOISE, BEST, 0.0), full_weights(TRAINED / "noise_dit.safetensors"))
     clean, damaged, words = degraded(SCENE, NOISE, SEED)
-    rows = []
+    pictures, rows = [], []
     with attached(lab, trainee):
-        for onset in ONSETS:
-            rows.append([])
-            for weight in WEIGHTS:
+        for onset in onsets:
+            pictures.append([])
+            for weight in weights:
                 picture = restore(lab, trainee, damaged, words, SEED, Way(guidance=Restoration(weight=weight, onset=onset)))
-                text = f"w {weight:g}  a {onset:g}  {figures(picture, clean)['psnr']:.1f} dB"
+                rows.append({"method": BEST, "weight": weight, "onset": onset, **figures(picture, clean)})
+                text = f"w {weight:g}  a {onset:g}  {rows[-1]['psnr']:.1f} dB"
                 report.say(text)
-                rows[-1].append(labelled(picture, text))
-    return rows
+                pictures[-1].append(labelled(picture, text))
+    return pictures, rows
 
 
 def main() -> None:
     """Write the picture."""
-    argparse.ArgumentParser(prog="python dev bench guidance_picture", description=__doc__).parse_args()
-    rows = cells()
-    width, height = rows[0][0].size
-    page = Image.new("RGB", (len(WEIGHTS) * (width + GAP) - GAP, len(ONSETS) * (height + GAP) - GAP), (255, 255, 255))
-    for y, row in enumerate(rows):
+    parser = argparse.ArgumentParser(prog="python dev bench guidance_picture", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two restorations; the picture goes to the cache folder, not to docs")
+    parser.add_argument("--json", action="store_true", help="end with the rows as one line of JSON")
+    options = parser.parse_args()
+    pictures, rows = cells(*((QUICK_ONSETS, QUICK_WEIGHTS) if options.quick else (ONSETS, WEIGHTS)))
+    width, height = pictures[0][0].size
+    page = Image.new("RGB", (len(pictures[0]) * (width + GAP) - GAP, len(pictures) * (height + GAP) - GAP), (255, 255, 255))
+    for y, row in enumerate(pictures):
         for x, image in enumerate(row):
             page.paste(image, (x * (width + GAP), y * (height + GAP)))
-    page.save(FILE, quality=88)
+    file = report.picture_file(FILE, options.quick)
+    page.save(file, quality=88)
+    report.say(str(file))
+    if options.json:
+        report.say(json.dumps({"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -11,6 +10,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from ..cache import home
 
 PACK = Path(__file__).parents[2]
 EVIDENCE = PACK / "docs" / "evidence.md"
@@ -57,13 +58,21 @@ class Results:
 
 def results_file(bench: str) -> Path:
     """Where a measurement keeps its rows: one file for each state of the code and of the lab's weights."""
-    home = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
-    file = home / "bench" / f"{bench}-{fingerprint()}.jsonl"
+    file = home() / "bench" / f"{bench}-{fingerprint()}.jsonl"
     committed = MEASURED / file.name
     if committed.exists() and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(committed, file)
     return file
+
+
+def picture_file(file: Path, quick: bool) -> Path:
+    """Where a picture of docs is written: a quick one beside the rows, so that the one of docs stays."""
+    if not quick:
+        return file
+    folder = home() / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / file.name
 
 
 def keep_rows(results: Results) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from mend.degradations.evaluation import NAMES
-from mend.dev import demo_run
+from mend.dev import commands, demo_run
 from mend.dev.workflow_client import Result
 from mend.dev.workflow_prompt import WorkflowError
 
@@ -103,6 +103,31 @@ def test_own_photographs_get_no_words(tmp_path, queued):
     Image.fromarray(noise).save(tmp_path / "mine.png")
     demo_run.demonstrate(options(tmp_path, "--input", str(tmp_path / "mine.png")))
     assert queued["settings"] == demo_run.SETTINGS["noise"]
+
+
+def test_the_files_that_are_spared_are_those_that_are_written(tmp_path, queued):
+    given = options(tmp_path)
+    demo_run.demonstrate(given)
+    assert sorted(file.name for file in given.out.iterdir()) == sorted(commands.DEMO_FILES)
+
+
+@pytest.mark.parametrize("name", commands.DEMO_FILES)
+def test_the_users_photograph_is_never_written_over(tmp_path, capsys, name):
+    photo = tmp_path / name
+    photo.write_bytes(b"mine")
+    roundabout = tmp_path / "folder" / ".." / name
+    (tmp_path / "folder").mkdir()
+    assert commands.main(["demo", "--input", str(roundabout), "--out", str(tmp_path)]) == 1
+    assert f"the demo would write over {roundabout}: name another folder with --out" in capsys.readouterr().err
+    assert photo.read_bytes() == b"mine"
+
+
+def test_other_photographs_and_folders_are_no_trouble(tmp_path):
+    (tmp_path / "before.png").touch()
+    (tmp_path / "mine.png").touch()
+    commands.spare_photograph(tmp_path / "mine.png", tmp_path)
+    commands.spare_photograph(tmp_path / "before.png", tmp_path / "out")
+    commands.spare_photograph(tmp_path / "missing.png", tmp_path)
 
 
 def test_the_last_line_is_json(tmp_path, queued, monkeypatch, capsys):

@@ -1,9 +1,13 @@
 """The environment is keyed by its pins, built once, and repaired when it was left half done."""
 
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import venv
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,6 +100,73 @@ def test_venv_failure_names_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     with pytest.raises(DevError, match="python3-venv"):
         environment.create_venv(tmp_path)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A cache folder of the test's own, in which a virtual environment without anything in it stands for an installation."""
+    monkeypatch.setenv("MEND_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(environment, "create_venv", lambda folder: venv.create(folder, symlinks=sys.platform != "win32"))
+    monkeypatch.setattr(environment.host_source, "ensure_host", lambda version, python: tmp_path)
+    monkeypatch.setattr(environment, "run_step", lambda title, command: None)
+    return tmp_path / "home"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the environment's interpreter is no link")
+def test_an_environment_whose_python_has_gone_is_built_again(home, capsys):
+    python = environment.managed_python()
+    kept = python.parent.parent / "kept"
+    kept.touch()
+    assert environment.managed_python() == python and kept.exists()
+    python.unlink()
+    python.symlink_to(home / "gone")
+    assert environment.managed_python() == python and environment.starts(python.parent.parent)
+    assert not kept.exists() and "no longer works; building it again" in capsys.readouterr().err
+
+
+def test_an_interpreter_that_fails_does_not_work(tmp_path):
+    assert not environment.starts(tmp_path)
+    python = environment.python_in(tmp_path)
+    python.parent.mkdir()
+    if sys.platform != "win32":
+        python.write_text("#!/bin/sh\nexit 103\n")
+        python.chmod(0o755)
+        assert not environment.starts(tmp_path)
+
+
+def test_what_no_longer_works_is_built_again_and_an_interrupted_removal_is_not_taken_for_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "env"
+    cache.build_once(folder, "key", lambda target: (target / "first").touch())
+
+    def interrupted(target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "remove_tree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.build_once(folder, "key", lambda target: None, works=lambda target: False)
+    cache.build_once(folder, "key", lambda target: (target / "second").touch())
+    assert [file.name for file in folder.iterdir() if file.name != cache.MARKER] == ["second"]
+
+
+def test_what_a_killed_run_left_goes_before_space_is_asked_for(home, monkeypatch):
+    left = home / "environments" / pins.environment_key(pins.environment_pins()) / "half"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    room = {True: 2**30, False: 2**40}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=room[left.exists()]))
+    assert environment.managed_python().exists()
+
+
+def test_a_small_disk_is_an_error_that_says_how_much_is_needed(home, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
+    with pytest.raises(DevError, match=r"has 1.0 GiB free; the environment needs about 12"):
+        environment.managed_python()
+
+
+def test_hosts_of_the_cache_folder_are_not_the_users(home, tmp_path):
+    assert not environment.Environment(Path(sys.executable), home / "hosts" / "1" / "ComfyUI", "1").is_users
+    assert environment.Environment(Path(sys.executable), tmp_path / "ComfyUI", "1").is_users
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks are not inherited there")

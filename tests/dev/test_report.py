@@ -2,6 +2,7 @@
 
 import pytest
 
+from mend.dev import cache
 from mend.dev.bench import report
 
 
@@ -51,6 +52,21 @@ def test_rows_that_were_not_measured_anew_stay(places):
     results.get("b", lambda: {"psnr": 22.0})
     report.keep_rows(results)
     assert [file.name for file in report.MEASURED.iterdir()] == [results.file.name]
+
+
+def test_rows_lie_where_everything_else_of_the_cache_does(places, monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    monkeypatch.setenv("USERPROFILE", "/somebody")
+    monkeypatch.setenv("MEND_HOME", "~/kept")
+    assert report.results_file("space").parent == cache.home() / "bench" and "~" not in str(cache.home())
+    monkeypatch.delenv("MEND_HOME")
+    assert report.results_file("space").parent == cache.user_cache_folder() / "mend" / "bench"
+
+
+def test_quick_pictures_leave_those_of_docs_alone(places):
+    shown = report.PACK / "docs" / "shown.jpg"
+    assert report.picture_file(shown, quick=False) == shown
+    assert report.picture_file(shown, quick=True) == cache.home() / "bench" / "shown.jpg" and (cache.home() / "bench").is_dir()
 
 
 def test_the_code_of_a_run_is_that_of_its_rows():

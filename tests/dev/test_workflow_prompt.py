@@ -68,6 +68,43 @@ def test_wrong_settings_are_explained(prompt, info, setting, message):
         workflow_prompt.apply_settings(prompt, [setting], info)
 
 
+@pytest.fixture
+def switched(info):
+    """A node with a switch, one with a switch that comes with a choice, and choices that are called as switches are."""
+    switch = ["BOOLEAN", {"default": True}]
+    files = {"recursive": switch, "ending": ["STRING", {}]}
+    captions = {"options": [{"key": "files", "inputs": {"required": files}}, {"key": "none", "inputs": {}}]}
+    inputs = {"on": switch, "source": ["COMFY_DYNAMICCOMBO_V3", captions], "mode": sample_workflow.choice("True", "False")}
+    info["Switch"] = sample_workflow.described(inputs)
+    return {"1": {"class_type": "Switch", "inputs": {"on": True, "source": "files", "source.recursive": True}}}
+
+
+@pytest.mark.parametrize("name", ["on", "source.recursive"])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("True", True), ("true", True), ("1", True), ("False", False), ("FALSE", False), ("0", False), ('["3", 0]', ["3", 0])],
+)
+def test_switches_take_true_and_false_in_any_case(switched, info, name, text, value):
+    workflow_prompt.apply_settings(switched, [f"1.{name}={text}"], info)
+    assert switched["1"]["inputs"][name] == value and not isinstance(switched["1"]["inputs"][name], str)
+
+
+@pytest.mark.parametrize("text", ["no", "off", "2", "null", '"False"', ""])
+def test_switches_refuse_everything_else(switched, info, text):
+    with pytest.raises(WorkflowError, match=f"--set 1.on={text}: on is on or off; it takes true or false"):
+        workflow_prompt.apply_settings(switched, [f"1.on={text}"], info)
+
+
+def test_words_for_true_and_false_stay_words_where_words_are_asked_for(switched, info):
+    workflow_prompt.apply_settings(switched, ["1.mode=False", "1.source.ending=False"], info)
+    assert (switched["1"]["inputs"]["mode"], switched["1"]["inputs"]["source.ending"]) == ("False", "False")
+
+
+def test_a_choice_without_inputs_describes_none(switched, info):
+    workflow_prompt.apply_settings(switched, ["1.source=none", "1.source.recursive=False"], info)
+    assert switched["1"]["inputs"]["source.recursive"] is False
+
+
 def test_seeds_are_set_where_there_is_a_seed_widget(prompt, info):
     workflow_prompt.set_seeds(prompt, 99, info)
     assert prompt["10"]["inputs"] == {"noise_seed": 99}

@@ -1,5 +1,6 @@
 """A few steps of `python dev train-lab` write weights that can be loaded, on pictures of their own."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -31,6 +32,69 @@ def test_the_model_of_pixels_learns_without_a_vae_and_goes_on_where_it_was_stopp
     assert metadata["mend.kind"] == "lab_pixel" and metadata["mend.lab.steps"] == str(STEPS)
     assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in found.values())
     assert not list((written / "whole").glob("latents-*")), "pixels need no latents"
+
+
+def pixel(folder, *more):
+    train.train_denoiser("pixel", folder, torch.device("cpu"), STEPS, PICTURES, *more)
+
+
+def test_a_run_that_is_killed_when_it_is_saved_has_its_weights(written, monkeypatch):
+    def killed(*state):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pixel(written)
+    first, metadata = tensors(train.weights_file("pixel"))
+    assert metadata["mend.lab.steps"] == str(STEPS)
+    pixel(written)
+    assert all(torch.equal(first[name], tensor) for name, tensor in tensors(train.weights_file("pixel"))[0].items())
+
+
+def test_weights_that_have_gone_are_written_again_without_training(written, monkeypatch, capsys):
+    pixel(written)
+    first, metadata = tensors(train.weights_file("pixel"))
+    train.weights_file("pixel").unlink()
+    capsys.readouterr()
+    arguments = ["train-lab", "pixel", "--cache", str(written), "--steps", str(STEPS), "--pictures", str(PICTURES)]
+    monkeypatch.setattr("sys.argv", arguments)
+    train.main()
+    again, same = tensors(train.weights_file("pixel"))
+    assert same == metadata and all(torch.equal(first[name], again[name]) for name in first)
+    train.weights_file("pixel").write_bytes(b"the user's own")
+    train.main()
+    assert train.weights_file("pixel").read_bytes() == b"the user's own"
+    assert "step" not in capsys.readouterr().out
+
+
+def test_the_vae_and_its_decoder_share_weights():
+    assert train.weights_file("decoder") == train.weights_file("vae") == train.WEIGHTS / "vae.safetensors"
+    assert train.weights_file("dit") == train.WEIGHTS / "dit.safetensors"
+
+
+def test_an_array_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "array-8.npy"
+
+    def killed(stream, array):
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.save_array(file, np.arange(4))
+    assert not file.exists()
+    train.save_array(file, np.arange(4))
+    assert (np.load(file, mmap_mode="r") == np.arange(4)).all() and list(tmp_path.iterdir()) == [file]
+
+
+def test_latents_are_whole_or_not_there(written, monkeypatch):
+    monkeypatch.setattr(train, "WEIGHTS", train.Path(train.__file__).parent / "weights")
+    monkeypatch.setattr(train, "save_array", lambda file, array: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.encode_pictures(written / "cache", torch.device("cpu"), PICTURES)
+    assert not list((written / "cache").glob("latents-*"))
 
 
 def test_captions_are_read_once(written, monkeypatch):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mend.model_patches.fpam import FPAM
 from mend.model_patches.host import run_operations
-from mend.samplers.first_guess import KnownDegradation, first_guess, known_degradation, noise_level
+from mend.samplers.first_guess import KnownDegradation, first_guess, known_degradation
 from mend.samplers.quality import Quality
 
 OFF = dict(exposure=0.0, chroma=0.0, clarity=0.0)
@@ -95,27 +95,6 @@ def test_grey_pictures_are_mixed_by_luma():
     torch.testing.assert_close(known.mix, torch.tensor([0.2126, 0.7152, 0.0722]).expand(3, 3))
 
 
-@pytest.mark.parametrize("deviation", [0.02, 5 / 255, 50 / 255])
-def test_noise_on_a_flat_picture_is_measured(deviation):
-    y = 0.5 + deviation * torch.randn(1, 3, 200, 200, generator=generator(4))
-    # A median of 30 000 details is known to 1 %.
-    assert noise_level(y) == pytest.approx(deviation, rel=0.04)
-
-
-@pytest.mark.parametrize("deviation", [0.05, 50 / 255])
-def test_noise_on_a_textured_picture_is_measured(deviation):
-    texture = smooth(200, 200)
-    texture[..., ::20, :] = 0
-    y = texture + deviation * torch.randn(1, 3, 200, 200, generator=generator(4))
-    # The texture's own edges add to few of the diagonal details, so the median hardly feels them.
-    assert noise_level(y) == pytest.approx(deviation, rel=0.1)
-
-
-def test_clean_pictures_have_no_noise():
-    assert noise_level(torch.full((1, 3, 20, 20), 0.4)) == 0
-    assert noise_level(smooth()) < 0.005
-
-
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 513), (513, 1)])
 @pytest.mark.parametrize("quality", [None, BRIGHT, CLEAR, BOTH], ids=["none", "bright", "clear", "both"])
 @pytest.mark.parametrize("grid", [1, 12])
@@ -123,7 +102,7 @@ def test_any_size_gives_a_picture(size, quality, grid):
     y = torch.rand(1, 3, *size, generator=generator())
     known, guess = estimated(y, quality, grid, grey=True)
     assert guess.shape == y.shape and torch.isfinite(guess).all() and guess.min() >= 0 and guess.max() <= 1
-    assert known.transmission.shape == (1, 1, grid, grid) and known.noise >= 0
+    assert known.transmission.shape == (1, 1, grid, grid) and known.grain.deviation >= 0
 
 
 @pytest.mark.parametrize("value", [0.0, 0.2, 0.6, 1.0])

@@ -75,7 +75,7 @@ def test_without_memory_to_go_back_through_the_model_it_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd3"])
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "dpmpp_sde", "uni_pc", "heun"])
+@pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
 def test_any_sampler(kind, sampler):
     free = sample(model(kind), kind, sampler=sampler)
     one, other = (sample(guided(kind), kind, sampler=sampler) for _ in range(2))

@@ -33,6 +33,9 @@ class Linear:
     def prepare(self):
         pass
 
+    def fits(self, z):
+        return True
+
     def __call__(self, z):
         return F.conv_transpose2d(z.to(self.weight), self.weight, stride=2).float()
 
@@ -75,7 +78,7 @@ class Cramped(Linear):
 def solver(decoder=None, side=SIDE, y=None, psi=None, alignment=PIXELS, **settings):
     """A run on an oracle decoder and, unless another is given, the identity for psi."""
     decoder = decoder or Linear()
-    y = torch.rand(1, 3, side * 2, side * 2, generator=torch.Generator().manual_seed(6)) if y is None else y
+    y = torch.rand(1, 3, side * decoder.cell, side * decoder.cell, generator=torch.Generator().manual_seed(6)) if y is None else y
     run = posterior_run(alignment=alignment, decoder=decoder, y=y, side=side, batch=len(y), **{**ANY_TIME, **settings})
     for row in run.rows:
         row.alignment.psi = psi or (lambda x, window: x)
@@ -252,6 +255,54 @@ def test_tiles_leave_no_seam():
     assert seams < 0.1 * whole.abs().mean()
 
 
+def half_busy(side):
+    """A latent that is flat to the left: what each half is normalised by alone is not what the whole is."""
+    z = latent(side=side)
+    z[..., :side // 2] = 0.1
+    return z
+
+
+def on_real_decoder(y, tile, whole_fits=True, **settings):
+    """A run behind a tiny AutoencoderKL, which normalises and attends over all it is shown."""
+    run = solver(PixelDecoder(vae_of("sd15"), model("sd15").model), side=32, y=y, tile=tile, steps=2, **settings)
+    run.whole_fits = whole_fits
+    return run
+
+
+def test_a_picture_that_is_right_stays_tile_by_tile():
+    z0 = half_busy(32)
+    with torch.no_grad():
+        y = on_real_decoder(None, 96).decoder(z0)
+    whole, tiled, apart = (on_real_decoder(y, *how).guide(z0, 0.5) - z0 for how in ((96,), (16,), (16, False)))
+    # Tiles that are compared as they come out alone move what is right already.
+    assert whole.abs().max() < 1e-5 and tiled.abs().max() < 1e-5 and apart.square().mean().sqrt() > 1e-3
+
+
+@pytest.mark.parametrize("quality", [None, QUALITY], ids=["likelihood", "quality"])
+def test_tiles_of_a_real_decoder_move_as_the_whole_does(quality):
+    z0 = half_busy(32)
+    with torch.no_grad():
+        y = on_real_decoder(None, 96).decoder(latent(side=32, seed=9))
+    runs = [on_real_decoder(y, *how, noise=0.1, quality=quality) for how in ((96,), (16,), (16, False))]
+    before = objective(runs[0], z0, z0, 0.5, quality)
+    whole, tiled, apart = (before - objective(run, run.guide(z0, 0.5), z0, 0.5, quality) for run in runs)
+    # The way back is each tile's own and so not quite the gradient, but most of what the whole gains it gains, and more than tiles apart.
+    assert tiled > 0.6 * whole and tiled > apart
+
+
+def test_f_pam_learns_on_parts_of_the_whole(monkeypatch):
+    z0 = half_busy(32)
+    run = on_real_decoder(None, 16, alignment=replace(ALIGNMENT, updates=2), guide_below=0.0)
+    seen = []
+    monkeypatch.setattr(run.rows[0].alignment, "update", lambda crop, window, late: seen.append((crop, window)))
+    run.guide(z0, 0.5)
+    with torch.no_grad():
+        whole = run.decoder(z0)
+    assert len(seen) == 2 and run.counters.decodes == 1
+    for crop, (top, left, *size) in seen:
+        assert torch.equal(crop, whole[..., top:top + 32, left:left + 32]) and tuple(size) == (256, 256)
+
+
 @pytest.mark.parametrize("constraint", ["exposure", "chroma", "clarity"])
 def test_quality_is_that_of_the_whole_picture(constraint):
     """A tile may be all sky: what is asked of the mean colour and light is asked of the picture. A neighbourhood may lie in two tiles."""
@@ -267,11 +318,14 @@ def test_quality_is_that_of_the_whole_picture(constraint):
 
 
 @pytest.mark.parametrize(("side", "cells", "tile"), [(40, 1200, 24), (64, 1400, 16)])
-def test_without_memory_tiles_are_halved(side, cells, tile):
+@pytest.mark.parametrize("fits", [True, False])
+def test_without_memory_tiles_are_halved(monkeypatch, side, cells, tile, fits):
     z0 = latent(side=side)
-    run = solver(Cramped(cells), side=side)
+    decoder = Cramped(cells)
+    monkeypatch.setattr(decoder, "fits", lambda z: fits)
+    run = solver(decoder, side=side)
     cramped = run.guide(z0, 0.5)
-    assert run.tile == tile
+    assert run.tile == tile and run.whole_fits == (not fits)
     whole = solver(side=side).guide(z0, 0.5)
     assert (whole - cramped).norm() < 1e-3 * (whole - z0).norm()
 

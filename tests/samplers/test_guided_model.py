@@ -11,9 +11,11 @@ import comfy.model_management
 import comfy.samplers
 from mend.model_patches.host import OUT_OF_MEMORY, WrappersMP
 from mend.samplers import guided_model, posterior_guidance
-from mend.samplers.guided_model import fitted_mask, fitted_pictures
+from mend.samplers.guided_model import GuidedModel, fitted_mask, fitted_pictures
+from mend.samplers.posterior_guidance import Posterior
 from mend.tests import tiny_models
-from mend.tests.samplers.tiny_guidance import KINDS, SIDE, guided, model, new_model, pictures, sample, vae_of
+from mend.tests.samplers.tiny_guidance import ALIGNMENT, EARLY, KINDS, QUALITY, SIDE, guided, model, new_model, pictures, sample, vae_of
+from mend.tests.training.tiny_training import video_vae
 
 OPTIONS = {
     "default": {},
@@ -74,8 +76,8 @@ def test_without_memory_to_go_back_through_the_model_it_says_so(monkeypatch):
         sample(guided("sd15", through_model=True), "sd15")
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sd3"])
-@pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
+@pytest.mark.parametrize(("kind", "sampler"), [*(("sd15", name) for name in comfy.samplers.SAMPLER_NAMES),
+                                                *(("sd3", name) for name in ("euler", "dpmpp_2m", "dpmpp_sde", "uni_pc", "heun"))])
 def test_any_sampler(kind, sampler):
     free = sample(model(kind), kind, sampler=sampler)
     one, other = (sample(guided(kind), kind, sampler=sampler) for _ in range(2))
@@ -181,6 +183,19 @@ def test_one_picture_serves_a_batch():
     both = sample(guided("sd15"), "sd15", batch=2)
     twice = sample(guided("sd15", degraded=pictures().expand(2, -1, -1, -1)), "sd15", batch=2)
     assert torch.equal(both, twice)
+
+
+def test_no_companion_is_sampled_on_the_way_back_through_the_model():
+    seen = []
+    out = sample(guided("sd15", companion=True, through_model=True), "sd15", callback=lambda step, x0, x, total: seen.append(x.shape[0]))
+    assert set(seen) == {1} and torch.equal(out, sample(guided("sd15", through_model=True), "sd15"))
+
+
+def test_wan_frames_are_guided_through_their_own_vae():
+    """Guidance elsewhere uses a VAE of pictures with as many channels; WAN's own decodes a video of one frame."""
+    given = GuidedModel(Posterior(**EARLY), ALIGNMENT, QUALITY, video_vae(), pictures(), None, None)
+    free, guided_frame = (sample(patcher, "wan") for patcher in (model("wan"), given.attach(model("wan"))))
+    assert torch.isfinite(guided_frame).all() and guided_frame.shape == free.shape and not torch.equal(guided_frame, free)
 
 
 def test_the_callback_sees_no_companions():

@@ -360,6 +360,19 @@ def test_every_second_step_repeats_the_correction():
     torch.testing.assert_close(repeated, solved * (0.25**2 / (1 + 0.25**2)) / (0.5**2 / (1 + 0.5**2)), atol=1e-5, rtol=1e-4)
 
 
+def test_a_new_pass_repeats_nothing_of_the_last():
+    run, z = solver(every=2), latent()
+    run.follow([1.0, 0.5, 0.0])
+    run.guide(z, 1.0)
+    work = run.counters.decoder_backwards
+    run.follow([1.0, 0.5, 0.0])
+    run.guide(z, 0.5)
+    assert run.counters.decoder_backwards == work
+    run.follow([0.7, 0.3, 0.0])
+    run.guide(z, 0.3)
+    assert run.counters.decoder_backwards == 2 * work
+
+
 def test_a_repeated_correction_never_grows():
     run, z = solver(every=2), latent()
     run.sigmas = [0.5, 1.0, 0.0]

@@ -27,6 +27,14 @@ def test_exposure_counts_neighbourhoods_and_not_pixels():
     assert exposure_loss(halves, 0.5, 64).item() == pytest.approx(0)
 
 
+def test_exposure_counts_what_is_left_over_at_the_edges():
+    picture = plain(0.5, 0.5, 0.5)[..., :48, :48].clone()
+    picture[..., 32:, :] = 1
+    picture[..., :, 32:] = 1
+    # One neighbourhood is right, and three that do not fill theirs are 0.5 too bright.
+    assert exposure_loss(picture, 0.5, 32).item() == pytest.approx(0.75 * 0.25)
+
+
 def test_exposure_takes_the_mean_of_the_channels():
     assert exposure_loss(plain(0.9, 0.3, 0.0), 0.4, 16).item() == pytest.approx(0, abs=1e-7)
 

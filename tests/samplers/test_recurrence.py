@@ -192,6 +192,13 @@ def test_a_vae_sends_each_start_through_pixels(kind):
     torch.testing.assert_close(through.starts[1] - plain.starts[1], share * expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_vae_of_another_model_is_named_before_anything_is_sampled():
+    through = Passes()
+    with pytest.raises(ValueError, match="Recurrent Re-noising: 'vae' gives latents of 16 channels and the model works on 4"):
+        refined("sd15", inner=through.sampler, vae=vae_of("sd3"))
+    assert not through.starts
+
+
 class Greedy:
     """A VAE that needs so much room that the host moves the model away."""
 

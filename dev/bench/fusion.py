@@ -48,6 +48,8 @@ DAFF, WITHOUT_SINGLE, ADAPTER = "DAFF", "DAFF without the single stream", "adapt
 WHOLE = "DAFF and the whole denoiser"
 METHODS = (ADAPTER, DAFF, WITHOUT_SINGLE, WHOLE)
 RANK, CROP, BATCH, RATE, STEPS = 8, 128, 8, 3e-3, 1500
+# What of it a run's name does not tell.
+BUDGET = f"{BATCH}x{CROP} rank {RANK} {SamePairs.__name__}"
 SAMPLING_STEPS = 10
 
 
@@ -204,7 +206,7 @@ def recipes_digest() -> str:
 
 
 def _key(name: str, lab: FusionLab, task: str, scenes: Sequence[str], seeds: Sequence[int]) -> str:
-    return "|".join([name, task, str(lab.steps), ",".join(scenes), str(tuple(seeds)), recipes_digest()])
+    return "|".join([name, task, str(lab.steps), BUDGET, ",".join(scenes), str(tuple(seeds)), recipes_digest()])
 
 
 def _row(results: report.Results, lab: FusionLab, method: str, task: str, scenes: Sequence[str], seeds: Sequence[int], run: Run | None,

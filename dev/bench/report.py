@@ -6,7 +6,8 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ class Results:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text().splitlines() if file.exists() else []
         self.rows = {row["key"]: row for row in map(json.loads, lines)}
+
+    @contextmanager
+    def only_known(self) -> Iterator[None]:
+        """Measure nothing new for as long as the context is open."""
+        self.measure, before = False, self.measure
+        try:
+            yield
+        finally:
+            self.measure = before
 
     def get(self, key: str, make: Callable[[], dict]) -> dict:
         """Return the row of a key, computing it once."""

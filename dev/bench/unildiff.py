@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
 from typing import Any
 
 from . import detail_experts, fusion, report
@@ -41,16 +40,32 @@ def expert_rows(options: argparse.Namespace, results: report.Results, trainee: d
             # Half a minute a sampling: one seed.
             found += _with_prior(kind, detail_experts.rows(results, models, trainee, f"LD-RPS, {kind}", zero_shot, options.scenes, options.seeds[:1],
                                                            detail_experts.zero_shot_digest()))
-    for kind, lab in labs.items():
-        restorer = lab.trained(fusion.Run(kind, fusion.DAFF)) if results.measure else None
-        with fusion.attached(lab, restorer) if restorer else nullcontext(), detail_experts.attached(trainee, models):
-            def sampled(picture: Any, seed: int, lab: Any = lab, restorer: Any = restorer) -> Any:
-                return fusion.sampled(lab, restorer, picture, seed)
-
-            rows = detail_experts.rows(results, models, trainee, f"{fusion.DAFF}, {kind}", dict.fromkeys(fusion.TASKS, sampled), options.scenes, options.seeds,
-                                       f"{fusion.Run(kind, fusion.DAFF).name} {lab.steps}")
-            found += _with_prior(kind, rows)
+    for lab in labs.values():
+        found += _with_prior(lab.kind, rows_after_fusion(options, results, trainee, models, lab))
     return found
+
+
+def rows_after_fusion(options: argparse.Namespace, results: report.Results, trainee: detail_experts.DetailExpertsTrainee, models: Any,
+                      lab: fusion.FusionLab) -> list[dict[str, Any]]:
+    """The same after one prior's fusion, which is trained only where a row is missing."""
+    run, restorers = fusion.Run(lab.kind, fusion.DAFF), []
+
+    def sampled(picture: Any, seed: int) -> Any:
+        return fusion.sampled(lab, restorers[0], picture, seed)
+
+    def rows() -> list[dict[str, Any]]:
+        return detail_experts.rows(results, models, trainee, f"{fusion.DAFF}, {lab.kind}", dict.fromkeys(fusion.TASKS, sampled), options.scenes, options.seeds,
+                                   f"{run.name} {lab.steps} {fusion.BUDGET}")
+
+    try:
+        with results.only_known():
+            return rows()
+    except report.NotMeasured:
+        if not results.measure:
+            raise
+    restorers.append(lab.trained(run))
+    with fusion.attached(lab, restorers[0]), detail_experts.attached(trainee, models):
+        return rows()
 
 
 def averages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import argparse
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +42,7 @@ from ...training.settings import Settings  # noqa: E402
 from ...training.sources import good_folder  # noqa: E402
 from ...training.state import Validation  # noqa: E402
 from ...training.trainee import Models  # noqa: E402
+from ..cache import home  # noqa: E402
 from . import report  # noqa: E402
 from .controlnet import ControlNetTrainee  # noqa: E402
 from .published import TRAINED, full_weights, store, weights_of  # noqa: E402
@@ -62,7 +62,7 @@ RATES = (3e-4, 1e-3, 3e-3)
 SAMPLING_STEPS = 10
 MATCHED_STEPS, LEAST_NOISE = 4, 0.1
 PICTURES = 1200
-HOME = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
+HOME = home()
 METHODS = {"adapter + LoRA": ("small", RANK), "adapter": ("small", 0), "LoRA": ("none", RANK)}
 CONTROLNET = "ControlNet"
 BEST = "adapter + LoRA"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from ...training.loop import describe_run, train  # noqa: E402
 from ...training.settings import Settings  # noqa: E402
 from ...training.sources import good_folder  # noqa: E402
 from ...training.trainee import Models  # noqa: E402
+from ..cache import home  # noqa: E402
 from . import degradation_oracle as oracle  # noqa: E402
 from . import report  # noqa: E402
 from .adapter import Watcher, training_pictures  # noqa: E402
@@ -71,7 +71,7 @@ from .scenes import SCENES, figures, mean, over_scenes, seeded  # noqa: E402
 SEEDS = (0, 1, 2)
 RANK, CROP, STEPS, RATE = 32, 128, 1000, 1e-3
 SAMPLING_STEPS = 10
-HOME = Path(os.environ.get("MEND_HOME", Path.home() / ".cache" / "mend"))
+HOME = home()
 CHART = 11
 # As Estimate Visual Instruction has it.
 CONFIDENCE = 0.5

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import pins, workspace
+from . import cache, pins, workspace
 from .checks import run_checks
 from .console import DevError, say
 from .environment import Environment, ensure_environment
@@ -128,8 +128,8 @@ def command_bench(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def command_train_lab(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Trains the lab prior."""
-    return run_module(ensure_environment(options.host), "mend.lab.train", arguments)
+    """Trains the lab prior, in the cache folder unless another is named."""
+    return run_module(ensure_environment(options.host), "mend.lab.train", ["--cache", str(cache.home() / "lab"), *arguments])
 
 
 def command_test(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.amp import autocast
 
-from ..dev.cache import home
 from . import headless
 from .autoencoder import autoencoder_loss, build_autoencoder, crops, encode, finest_scale
 from .denoisers import PIXEL, build_dit, build_unet, dropped_ids, flow_loss, sd_alphas_cumprod, unet_loss
@@ -218,7 +217,7 @@ def main() -> None:
     """Train the named parts, or all of them in order."""
     parser = argparse.ArgumentParser(prog="python dev train-lab", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*STEPS, []], help="default: all, in this order")
-    parser.add_argument("--cache", type=Path, default=home() / "lab")
+    parser.add_argument("--cache", type=Path, required=True, help="where pictures, latents and unfinished runs are kept")
     parser.add_argument("--steps", type=int, help="stop after so many steps")
     parser.add_argument("--pictures", type=int, default=8000)
     parser.add_argument("--threads", type=int)

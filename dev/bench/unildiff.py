@@ -48,12 +48,12 @@ def expert_rows(options: argparse.Namespace, results: report.Results, trainee: d
 def rows_after_fusion(options: argparse.Namespace, results: report.Results, trainee: detail_experts.DetailExpertsTrainee, models: Any,
                       lab: fusion.FusionLab) -> list[dict[str, Any]]:
     """The same after one prior's fusion, which is trained only where a row is missing."""
-    run, restorers = fusion.Run(lab.kind, fusion.DAFF), []
+    run = fusion.Run(lab.kind, fusion.DAFF)
 
-    def sampled(picture: Any, seed: int) -> Any:
-        return fusion.sampled(lab, restorers[0], picture, seed)
+    def rows(restorer: Any = None) -> list[dict[str, Any]]:
+        def sampled(picture: Any, seed: int) -> Any:
+            return fusion.sampled(lab, restorer, picture, seed)
 
-    def rows() -> list[dict[str, Any]]:
         return detail_experts.rows(results, models, trainee, f"{fusion.DAFF}, {lab.kind}", dict.fromkeys(fusion.TASKS, sampled), options.scenes, options.seeds,
                                    f"{run.name} {lab.steps} {fusion.BUDGET}")
 
@@ -63,9 +63,9 @@ def rows_after_fusion(options: argparse.Namespace, results: report.Results, trai
     except report.NotMeasured:
         if not results.measure:
             raise
-    restorers.append(lab.trained(run))
-    with fusion.attached(lab, restorers[0]), detail_experts.attached(trainee, models):
-        return rows()
+    restorer = lab.trained(run)
+    with fusion.attached(lab, restorer), detail_experts.attached(trainee, models):
+        return rows(restorer)
 
 
 def averages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

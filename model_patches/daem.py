@@ -3,14 +3,15 @@
 Latents drop fine detail. The decoder is therefore shown features that the VAE's own encoder has of the degraded picture, and four experts
 decide what of them to take:
 
-    h = enter(x) + skip(e);   s = h + attention(h)
+    h = enter((x - mean x) / |x|) + skip((e - mean e) / |e|);   s = h + attention(h)
     y = h + E_i(h) S(s);   y = y + cross-attention(y, s);   y = y + FFN(y);   x' = x + outer |x| leave(y)
 
 `leave` starts at zero, so a fresh module leaves the decoder as it is. In the paper that zero is in the number `outer`; but behind a zero of
 one number alone nothing else has a gradient, and what it is drawn by is the chance likeness of random features to the error, so that it
-wavers about zero. |x|, the size of x at each place, gives back what normalising took: detail is in proportion to what it lies on, whatever
-numbers a decoder uses. What the paper leaves open follows the layers that are known of its relatives: rank dim / 8, transposed attention of
-four heads, a gated FFN. Where it sits was chosen here: after the last block of the decoder at a quarter, a half and all of the picture's
+wavers about zero. Means and deviations |x|, |e| are those of windows: the contrast of the degraded picture becomes that of the decoded one,
+whatever haze, darkness or a decoder's numbers have made of it, while detail keeps its own strength from place to place. What the paper leaves
+open follows the layers that are known of its relatives: rank dim / 8, but for narrow decoders 32, transposed attention of four heads, a
+gated FFN. Where it sits was chosen here: after the last block of the decoder at a quarter, a half and all of the picture's
 resolution.
 """
 
@@ -21,13 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .experts import KERNELS, Expert, Routed, Router, normalised, size_of
+from .experts import KERNELS, Expert, Routed, Router, normalised, window_statistics
 from .first_weights import fill
 from .host import cast_like
 from .vae_sites import VaeSite
 from .window_grid import Windows
 
-HEADS, RANK = 4, 8
+HEADS = 4
+# Channels of the decoder to one of an expert's rank, and the least rank.
+RANK, LEAST_RANK = 8, 32
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,11 @@ class DAEM(nn.Module):
         super().__init__()
         width = site.channels // layout.narrowing
         self.window = window // site.scale
-        self.enter = operations.Conv2d(site.channels, width, 1, **factory)
-        self.skip = operations.Conv2d(site.skip, width, 1, **factory)
+        self.enter = operations.Conv2d(site.channels, width, 1, bias=False, **factory)
+        self.skip = operations.Conv2d(site.skip, width, 1, bias=False, **factory)
         self.shared = ChannelAttention(width, 3, operations, **factory)
         self.router = Router(width, len(KERNELS), operations, **factory)
-        self.experts = nn.ModuleList(Expert(width, max(1, site.channels // RANK), kernel, operations, **factory) for kernel in KERNELS)
+        self.experts = nn.ModuleList(Expert(width, max(site.channels // RANK, min(LEAST_RANK, width)), kernel, operations, **factory) for kernel in KERNELS)
         self.cross = ChannelAttention(width, 7, operations, **factory)
         self.ffn = GatedFFN(width, layout.ffn, operations, **factory)
         self.leave = operations.Conv2d(width, site.channels, 1, **factory)
@@ -119,20 +122,28 @@ class DAEM(nn.Module):
             noise: for the router, in training.
         """
         windows = Windows(self.window, (x.shape[2], x.shape[3]))
-        h = self.enter(normalised(x)) + self.skip(normalised(skip))
+        (own, size), (other, _) = _contrast(self.enter, x, windows), _contrast(self.skip, skip, windows)
+        h = own + other
         own = normalised(h)
         s = h + self.shared(own, own, windows)
         routed = self.router(own, windows, noise)
         y = self._detailed(h, s, routed, windows)
         y = y + self.cross(normalised(y), normalised(s), windows)
         y = y + self.ffn(normalised(y))
-        return x + self.leave(y) * size_of(x) * (strength * cast_like(self.outer, x)), routed
+        return x + self.leave(y) * size * (strength * cast_like(self.outer, x)), routed
 
     def _detailed(self, h: Tensor, s: Tensor, routed: Routed, windows: Windows) -> Tensor:
         y, weights = h, windows.spread(routed.weights)
         for index in routed.chosen.sum((0, 2, 3)).nonzero().flatten().tolist():
             y = y + weights[:, index:index + 1] * self.experts[index](h, s, windows)
         return y
+
+
+def _contrast(layer: nn.Module, x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """layer((x - mean) / deviation), (B, width, h, w), and the deviation. The layer is linear: means need not be spread before it."""
+    mean, deviation = window_statistics(x, windows)
+    deviation = windows.spread(deviation)
+    return (layer(x) - windows.spread(layer(mean))) / deviation, deviation
 
 
 class DetailExperts(nn.Module):

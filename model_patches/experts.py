@@ -20,6 +20,8 @@ KERNELS = (3, 5, 7, 9)
 FOLLOWING = 0.05
 # In roots and quotients, for places where all channels are zero and features that never change.
 EPSILON = 1e-6
+# Of what features hold in all; less is the rounding of pictures and of half precision, which must not be taken for detail.
+LEAST_CONTRAST = 0.005
 
 
 def normalised(x: Tensor) -> Tensor:
@@ -30,9 +32,12 @@ def normalised(x: Tensor) -> Tensor:
     return x * (x.square().mean(1, keepdim=True) + EPSILON).rsqrt()
 
 
-def size_of(x: Tensor) -> Tensor:
-    """Return the root mean square of (B, C, h, w) over channels at each place, (B, 1, h, w)."""
-    return (x.float().square().mean(1, keepdim=True) + EPSILON).sqrt().to(x)
+def window_statistics(x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Return the mean of each channel of (B, C, h, w) by windows, (B, C, rows, columns), and the deviation of all together, (B, 1, rows, columns)."""
+    wide = x.float()  # half precision cannot hold the squares of numbers that decoders hold
+    mean, power = windows.mean(wide), windows.mean(wide.square().mean(1, keepdim=True))
+    variance = (power - mean.square().mean(1, keepdim=True)).clamp_min(0) + LEAST_CONTRAST**2 * power + EPSILON
+    return mean.to(x), variance.sqrt().to(x)
 
 
 def laplacian(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Detail experts on the lab's VAE: what they add to a plain decode, after which restorer, how they share the work, and what they cost.
 
-`python dev bench detail_experts` trains the experts alone and measures them on latents of clean photographs and, if asked, after LD-RPS. What they
-add after fusion are rows of `python dev bench unildiff`. With `--alone`: what the same budget gives to experts without a latent and to another network.
+`python dev bench detail_experts` trains the experts alone, or takes those of the pack (`--shipped`), and measures them on latents of clean photographs and,
+if asked, after LD-RPS. What they add after fusion are rows of `python dev bench unildiff`. With `--alone`: what the same budget gives to experts
+without a latent and to another network.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,10 +32,11 @@ from ...lab.prior import load_lab_prior  # noqa: E402
 from ...model_patches.daem import SIZES  # noqa: E402
 from ...model_patches.detail_decoder import ExpertRun  # noqa: E402
 from ...model_patches.detail_experts import inference_patcher, new_weights  # noqa: E402
-from ...model_patches.experts import KERNELS  # noqa: E402
+from ...model_patches.experts import KERNELS, Routed  # noqa: E402
 from ...model_patches.host_gradients import gradients  # noqa: E402
 from ...model_patches.vae_sites import skips, vae_anatomy  # noqa: E402
 from ...model_patches.weights_file import Weights  # noqa: E402
+from ...model_patches.window_grid import Windows  # noqa: E402
 from ...training.checkpoint import open_run  # noqa: E402
 from ...training.detail_experts import DetailExpertsTrainee  # noqa: E402
 from ...training.loop import describe_run, train  # noqa: E402
@@ -40,17 +44,16 @@ from ...training.pairs import Pairs  # noqa: E402
 from ...training.settings import Settings  # noqa: E402
 from ...training.sources import good_folder  # noqa: E402
 from ...training.trainee import Batch, Models, Trainee  # noqa: E402
-from . import fusion, report  # noqa: E402
+from . import fusion, nafnet, report  # noqa: E402
 from .adapter import HOME, Watcher, training_pictures  # noqa: E402
 from .fusion import TASKS, evaluated  # noqa: E402
 from .ld_rps import RECIPES as ZERO_SHOT  # noqa: E402
-from .nafnet import NAFNetTrainee  # noqa: E402
 from .published import TRAINED, full_weights, store, weights_of  # noqa: E402
 from .scenes import SCENES  # noqa: E402
 from .zero_shot import Prior, restore  # noqa: E402
 
 # Crops of one window: what is learned is what a window does, and no time goes into fading.
-SIZE, WINDOW, CROP, BATCH, RATE, STEPS = "lite", 64, 64, 8, 1e-3, 2000
+SIZE, WINDOW, CROP, BATCH, RATE, STEPS = "lite", 64, 64, 8, 8e-3, 2000
 SEEDS = (0, 1, 2)
 FILE = TRAINED / "detail_experts.safetensors"
 EXPERTS, WITHOUT_LATENT, NAFNET = "DAEM", "DAEM, latent zeroed", "NAFNet on LQ alone"
@@ -85,20 +88,32 @@ def trained(method: str, models: Models, steps: int = STEPS, pictures: Path | No
         method: EXPERTS, WITHOUT_LATENT or NAFNET; all see the same pictures in the same order.
         models: from `lab_models`.
         steps: of training.
-        pictures: a folder of good pictures; the lab's training pictures without it.
+        pictures: a folder of good pictures; the lab's training pictures in two sizes without it.
         rate: learning rate.
         crop: side of the crops.
     """
     makers = {EXPERTS: lambda: DetailExpertsTrainee(fresh(models), models), WITHOUT_LATENT: lambda: WithoutLatent(fresh(models), models),
-              NAFNET: NAFNetTrainee}
+              NAFNET: nafnet.NAFNetTrainee}
     trainee = makers[method]()
-    pairs = Pairs(good_folder(pictures or training_pictures()), list(TASKS.values()), crop=crop)
+    pairs = Pairs(good_folder(pictures or two_sizes()), list(TASKS.values()), crop=crop)
     settings = Settings(steps=steps, batch=BATCH, rate=rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
     description = report.of_this_code({**describe_run(trainee, pairs, models, settings), "method": method})
     folder = open_run(HOME / "bench" / "experts", f"{method} {rate:g}".replace(",", ""), description, steps)
     result = train(trainee, pairs, models, settings, folder, Watcher(method))
     trainee.load_state_dict(result.tensors)
     return trainee
+
+
+def two_sizes() -> Path:
+    """Write the lab's training pictures beside the same at half the size: small crops of the large ones alone are smoother than photographs are."""
+    folder = HOME / "bench" / "pictures_in_two_sizes"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(training_pictures().glob("*.png")):
+        if not (folder / f"half_{file.name}").exists():
+            with Image.open(file) as picture:
+                picture.save(folder / file.name)
+                picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS).save(folder / f"half_{file.name}")
+    return folder
 
 
 @contextmanager
@@ -156,7 +171,7 @@ def alone_rows(results: report.Results, models: Models, steps: int, scenes: Sequ
     """What the same budget gives without a latent: experts that get zeros, and a NAFNet of their size."""
     found = []
     for method in (WITHOUT_LATENT, NAFNET):
-        learned = f"{steps}|{SIZE}|{WINDOW}|{CROP}|{BATCH}|{RATE}|{fusion.recipes_digest()}"
+        learned = f"{steps}|{SIZE}|{WINDOW}|{CROP}|{BATCH}|{RATE}|{nafnet.WIDTHS}|{fusion.recipes_digest()}"
         keys = {task: f"{method}|{task}|{learned}|{scenes}|{seeds}" for task in TASKS}
         if all(key in results.rows for key in keys.values()):
             found += [{"method": method, "decode": "-", "task": task, **results.rows[key]} for task, key in keys.items()]
@@ -299,9 +314,13 @@ def cost_rows(side: int = COST_SIDE) -> list[dict[str, Any]]:
         seen, anatomy = skips(model, pixels), vae_anatomy(vae)
         for size in SIZES:
             weights = new_weights(vae, size)
-            run = ExpertRun(inference_patcher(weights, anatomy).model, seen)
+            network = inference_patcher(weights, anatomy).model
+            # However many windows a picture has, no more than this can be asked of it.
+            for daem in network.sites.values():
+                daem.router = EveryExpert(daem.router)
+            run = ExpertRun(network, seen)
             with run.behind(model, anatomy.sites):
-                found.append(_cost(f"{EXPERTS}, {size}", lambda: model.decode(latent), sum(t.numel() for t in weights.tensors.values())))
+                found.append(_cost(f"{EXPERTS}, {size}, all experts at work", lambda: model.decode(latent), sum(t.numel() for t in weights.tensors.values())))
     for row in found:
         row |= {"of_plain": row["gmac"] / plain["gmac"], "time_of_plain": row["seconds"] / plain["seconds"]}
     return found
@@ -311,6 +330,19 @@ def cost_table(found: list[dict[str, Any]]) -> str:
     """Markdown."""
     shown = [{**row, "of_plain": f"{100 * row['of_plain']:.0f} %", "time_of_plain": f"{row['time_of_plain']:.2f}", "seconds": f"{row['seconds']:.2f}"} for row in found]
     return report.markdown(shown, COSTS)
+
+
+class EveryExpert(torch.nn.Module):
+    """A router that lets all experts work everywhere."""
+
+    def __init__(self, router: torch.nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x: Tensor, windows: Windows, noise: Tensor | None = None) -> Routed:
+        """As the router's own, but nobody is left out."""
+        routed = self.router(x, windows, noise)
+        return replace(routed, chosen=torch.ones_like(routed.chosen), weights=routed.probabilities.to(x))
 
 
 def _cost(name: str, run: Callable[[], Any], parameters: int) -> dict[str, Any]:
@@ -329,7 +361,7 @@ def _plain(models: Models, latent: Tensor) -> Tensor:
 
 
 def _alone(trainee: Trainee, picture: Tensor) -> Tensor:
-    if isinstance(trainee, NAFNetTrainee):
+    if isinstance(trainee, nafnet.NAFNetTrainee):
         return trainee.restored(picture)
     return trainee.restored(torch.zeros_like(trainee.encode(picture)), picture).cpu()
 
@@ -347,7 +379,7 @@ COLUMNS = ("method", "decode", "task", "n", "seeds", "psnr", "psnr_std", "gain",
 INTRODUCTION = """## Detail experts alone: `python dev bench detail_experts`
 
 A small-scale reproduction on the lab's VAE (lab/README.md): experts of size {size}, {steps} steps of {batch} crops of {crop} px, learning rate {rate:g}, from
-pictures with one of the damages {tasks}. They see the damaged photographs, and decode latents "of the clean picture", the best that a restorer could
+pictures, whole and at half their size, with one of the damages {tasks}. They see the damaged photographs, and decode latents "of the clean picture", the best that a restorer could
 leave, or those of LD-RPS with the recipes of `python dev bench ld_rps` for the three tasks that have one (`--after`, with its number of seeds).
 The column gain is PSNR less that of the plain decode of the same latents, in dB; GMSD is better when smaller. Four scenes, {seeds} seed(s), never trained on.
 """
@@ -369,8 +401,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--crop", type=int, default=CROP)
-    parser.add_argument("--pictures", type=Path, help="a folder of good pictures; the lab's training pictures without it")
+    parser.add_argument("--pictures", type=Path, help="a folder of good pictures; the lab's training pictures in two sizes without it")
     parser.add_argument("--publish", action="store_true", help="store the weights in lab/trained")
+    parser.add_argument("--shipped", action="store_true", help="measure the experts that come with the pack, and train nothing")
     parser.add_argument("--cost", action="store_true", help="print the cost of a decode, and train nothing")
     parser.add_argument("--alone", action="store_true", help="measure the pack's experts beside what learns as long without a latent")
     parser.add_argument("--scenes", nargs="+", default=list(SCENES), choices=list(SCENES))
@@ -390,7 +423,7 @@ def main() -> None:
             report.write_section("detail_experts alone", "\n".join([ALONE.format(steps=options.steps, seeds=len(options.seeds)), table]))
         return
     models = lab_models()
-    trainee = trained(EXPERTS, models, options.steps, options.pictures, options.rate, options.crop)
+    trainee = committed(models) if options.shipped else trained(EXPERTS, models, options.steps, options.pictures, options.rate, options.crop)
     if options.publish:
         store(weights_of(trainee), FILE)
     with attached(trainee, models):

@@ -57,11 +57,10 @@ class Windows:
         Returns:
             (B, rows, columns, heads, C / heads, C / heads), rows sum to 1.
         """
-        q, k = self._cut(q, heads), self._cut(k, heads)
-        scale = q.shape[-1] ** -0.5  # sums over a large picture must not overflow in half precision
-        q, k = q * scale, k * scale
-        likeness = self._shared(q @ k.mT, 1)
-        lengths = [self._shared(each.square().sum(-1), 1).clamp_min(1e-6).sqrt() for each in (q, k)]
+        # Row by row: copies of a whole map would not stay in a processor's cache, and would be the most memory that a decode needs.
+        found = [self._products(self._cut(q, heads, row), self._cut(k, heads, row)) for row in range(self.rows)]
+        likeness, *squares = (self._shared(torch.stack(sums, 1), 1) for sums in zip(*found))
+        lengths = [square.clamp_min(1e-6).sqrt() for square in squares]
         return (likeness / lengths[0].unsqueeze(-1) / lengths[1].unsqueeze(-2) * temperature).softmax(-1)
 
     def mix(self, matrices: Tensor, v: Tensor) -> Tensor:
@@ -69,30 +68,51 @@ class Windows:
         batch, rows, columns, heads, depth, _ = matrices.shape
         if self.whole:
             return (matrices[:, 0, 0] @ v.reshape(batch, heads, depth, -1)).reshape(v.shape)
-        half, side = self.side // 2, self.side
-        height, width = self.size
-        padded = F.pad(v, (half, columns * side - width + half, half, rows * side - height + half))
-        # Blocks whose corners are the middles of windows.
-        blocks = padded.reshape(batch, heads, depth, rows + 1, side, columns + 1, side).permute(0, 3, 5, 1, 2, 4, 6).flatten(-2)
-        ramp = (torch.arange(side, device=v.device, dtype=v.dtype) + 0.5) / side
-        mixed = None
-        for below in (0, 1):
-            for right in (0, 1):
-                corner = matrices[:, _neighbours(rows, below, v)][:, :, _neighbours(columns, right, v)]
-                weight = ((ramp if below else 1 - ramp)[:, None] * (ramp if right else 1 - ramp)).flatten()
-                part = (corner @ blocks) * weight
-                mixed = part if mixed is None else mixed + part
-        restored = mixed.unflatten(-1, (side, side)).permute(0, 3, 4, 1, 5, 2, 6).reshape(padded.shape)
-        return restored[..., half:half + height, half:half + width]
+        fade = (torch.arange(self.side, device=v.device, dtype=v.dtype) + 0.5) / self.side
+        beside = [(1 - fade, matrices[:, :, _neighbours(columns, 0, v)]), (fade, matrices[:, :, _neighbours(columns, 1, v)])]
+        strips = []
+        for row in range(rows + 1):
+            top = row * self.side - self.side // 2
+            first, last = max(top, 0), min(top + self.side, self.size[0])
+            if first < last:
+                down = fade[first - top:last - top, None]
+                corners = [(vertical * across, near[:, min(max(index, 0), rows - 1)])
+                           for vertical, index in ((1 - down, row - 1), (down, row)) for across, near in beside]
+                strips.append(self._mixed(corners, v[:, :, first:last]))
+        return torch.cat(strips, 2)
 
-    def _cut(self, x: Tensor, heads: int) -> Tensor:
-        """(B, C, h, w) -> (B, rows, columns, heads, C / heads, places), zeros where a window sticks out."""
+    def _mixed(self, corners: list[tuple[Tensor, Tensor]], strip: Tensor) -> Tensor:
+        """Mix a strip (B, C, h', w) between the middles of two rows of windows.
+
+        Args:
+            corners: four pairs of weights (h', side) and matrices (B, columns + 1, heads, C / heads, C / heads) of blocks of the strip.
+            strip: part of a map.
+        """
+        half, (batch, columns, heads, depth, _) = self.side // 2, corners[0][1].shape
+        height, width = strip.shape[2:]
+        padded = F.pad(strip, (half, (columns - 1) * self.side - width + half))
+        # Blocks whose corners are the middles of windows.
+        blocks = padded.reshape(batch, heads, depth, height, columns, self.side).permute(0, 4, 1, 2, 3, 5).flatten(-2)
+        mixed = torch.zeros_like(blocks)
+        for weight, matrix in corners:
+            mixed = torch.addcmul(mixed, matrix @ blocks, weight.flatten())
+        restored = mixed.unflatten(-1, (height, self.side)).permute(0, 2, 3, 4, 1, 5).reshape(padded.shape)
+        return restored[..., half:half + width]
+
+    def _cut(self, x: Tensor, heads: int, row: int) -> Tensor:
+        """(B, C, h, w) -> a row of windows (B, columns, heads, C / heads, places), zeros where a window sticks out at its right."""
         batch, channels = x.shape[:2]
         if self.whole:
-            return x.reshape(batch, 1, 1, heads, channels // heads, -1)
-        x = F.pad(x, (0, self.columns * self.side - self.size[1], 0, self.rows * self.side - self.size[0]))
-        cut = x.reshape(batch, heads, channels // heads, self.rows, self.side, self.columns, self.side)
-        return cut.permute(0, 3, 5, 1, 2, 4, 6).flatten(-2)
+            return x.reshape(batch, 1, heads, channels // heads, -1)
+        strip = x[:, :, row * self.side:(row + 1) * self.side]
+        strip = F.pad(strip, (0, self.columns * self.side - self.size[1]))
+        return strip.reshape(batch, heads, channels // heads, -1, self.columns, self.side).permute(0, 4, 1, 2, 3, 5).flatten(-2)
+
+    def _products(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q k^T of (..., C, places) and the squared lengths of q and k, (..., C), divided by the places of a window."""
+        scale = 1 / (math.sqrt(math.prod(self.size)) if self.whole else self.side)  # before sums, which would overflow in half precision
+        q, k = q * scale, k * scale
+        return q @ k.mT, *(torch.linalg.vector_norm(each, dim=-1).square() for each in (q, k))
 
     def _filled(self, length: int, count: int, like: Tensor) -> Tensor:
         """What part of each window in a row lies on the map; numbers of cells would be too large for half precision."""

@@ -51,6 +51,8 @@ def test_slivers_share_with_the_window_before(width, last):
     torch.testing.assert_close(windows.attention(q, k, HEADS, ones)[:, 0, -1], by_hand(q[..., last], k[..., last]))
     torch.testing.assert_close(windows.mean(q)[..., 0, -1], q[..., last].mean((2, 3)))
     assert (windows.mean(q)[..., -2] == windows.mean(q)[..., -1]).all() == (width == 9)
+    upright, (q, k) = Windows(4, (width, 4)), (x.transpose(2, 3) for x in (q, k))
+    torch.testing.assert_close(upright.attention(q, k, HEADS, ones)[:, -1, 0], by_hand(q[..., last, :], k[..., last, :]))
 
 
 def test_a_tile_that_begins_with_a_window_sees_the_same():

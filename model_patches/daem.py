@@ -122,8 +122,8 @@ class DAEM(nn.Module):
             noise: for the router, in training.
         """
         windows = Windows(self.window, (x.shape[2], x.shape[3]))
-        (own, size), (other, _) = _contrast(self.enter, x, windows), _contrast(self.skip, skip, windows)
-        h = own + other
+        (decoded, size), (degraded, _) = _contrast(self.enter, x, windows), _contrast(self.skip, skip, windows)
+        h = decoded + degraded
         own = normalised(h)
         s = h + self.shared(own, own, windows)
         routed = self.router(own, windows, noise)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,9 +112,11 @@ def two_sizes() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(training_pictures().glob("*.png")):
         if not (folder / f"half_{file.name}").exists():
+            shutil.copyfile(file, folder / file.name)
             with Image.open(file) as picture:
-                picture.save(folder / file.name)
-                picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS).save(folder / f"half_{file.name}")
+                half = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+            half.save(folder / "half.part", "PNG")
+            (folder / "half.part").replace(folder / f"half_{file.name}")
     return folder
 
 
@@ -376,11 +380,12 @@ def _digest(trainee: Trainee) -> str:
 # On its own
 
 COLUMNS = ("method", "decode", "task", "n", "seeds", "psnr", "psnr_std", "gain", "ssim", "haarpsi", "gmsd")
-INTRODUCTION = """## Detail experts alone: `python dev bench detail_experts`
+INTRODUCTION = """## Detail experts by themselves: `python dev bench {command}`
 
-A small-scale reproduction on the lab's VAE (lab/README.md): experts of size {size}, {steps} steps of {batch} crops of {crop} px, learning rate {rate:g}, from
-pictures, whole and at half their size, with one of the damages {tasks}. They see the damaged photographs, and decode latents "of the clean picture", the best that a restorer could
-leave, or those of LD-RPS with the recipes of `python dev bench ld_rps` for the three tasks that have one (`--after`, with its number of seeds).
+A small-scale reproduction on the lab's VAE (lab/README.md): experts of size {size}, {steps} steps of {batch} crops of {crop} px, learning rate {rate:g},
+from pictures, whole and at half their size, with one of the damages {tasks}. They see the damaged photographs, and decode
+latents "of the clean picture", the best that a restorer could leave, or those of LD-RPS with the recipes of `python dev bench ld_rps` for the three
+tasks that have one (`--after`, with its number of seeds).
 The column gain is PSNR less that of the plain decode of the same latents, in dB; GMSD is better when smaller. Four scenes, {seeds} seed(s), never trained on.
 """
 
@@ -430,8 +435,8 @@ def main() -> None:
         parts = own_tables(trainee, models, report.Results(report.results_file("detail_experts")), options)
     report.say("\n".join(parts))
     if whole:
-        introduction = INTRODUCTION.format(size=SIZE, steps=options.steps, batch=BATCH, crop=options.crop, rate=options.rate, tasks=", ".join(TASKS),
-                                           seeds=len(options.seeds))
+        introduction = INTRODUCTION.format(command=" ".join(["detail_experts", *sys.argv[1:]]), size=SIZE, steps=options.steps, batch=BATCH,
+                                           crop=options.crop, rate=options.rate, tasks=", ".join(TASKS), seeds=len(options.seeds))
         report.write_section("detail_experts", "\n".join([introduction, *parts]))
 
 

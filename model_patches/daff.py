@@ -8,8 +8,8 @@ after its first layer is fused with the encoder's features of the degraded pictu
 
 The last layer starts at zero, so a fresh one leaves the model as it is. Modulations follow the timestep. The public code feeds the single
 stream the latent stream as it came in; the paper says both updated streams, and so it is here. What the paper does not say is how other
-layers start: here so that both streams are about as loud, with gates around 1. The public code has a second zero, at the end of the
-condition embedding; with it, and with torch's own quieter layers, the degraded picture is hardly heard at first.
+layers start: here so that the degraded picture is seen clearly from the first step (`initialise`). The public code has a second zero, at
+the end of the condition embedding; with it, and with layers that start at random, the picture is hardly seen at first.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,10 @@ WIDTHS = {"published": (3.2, 1024), "lite": (2.4, 768)}
 TRANSFORMER_WIDTHS = {"published": (1.0, 1024), "lite": (0.5, 768)}
 EMBEDDING = 320
 GROUPS = 32
-# What SiLU leaves of a deviation of 1, inverted.
-AFTER_SILU = 1.7
+# How far from zero tokens stand at first, beside their deviation of about 1.
+PEDESTAL = 2.0
+# How loud the zero layer hears the picture at first: it learns as fast as that.
+LOUDNESS = 2.0
 # Tokens to a side of a window: 512 pixels of published, 1024 of lite or of a transformer, for eight pixels to a cell.
 WINDOW = 64
 # Tokens that are fused at once outside of training, so that batches and videos need no more memory than two large pictures.
@@ -173,19 +175,42 @@ class DAFF(nn.Module):
 
 
 def initialise(daff: DAFF, generator: torch.Generator) -> None:
-    """Fill the weights, which the host's layers leave empty; streams leave each layer with about the deviation they came with."""
+    """Fill the weights, which the host's layers leave empty.
+
+    What the last layer sees of a fresh one is, token by token, a linear view of the encoder's features in the token's own cells; streams,
+    modulations and the latent's part in it open as they learn, as in adaLN-Zero (arXiv 2212.09748).
+    """
     fill(daff, generator, one=("norm", "query_norm", "key_norm"))
     with torch.no_grad():
         for name, p in daff.named_parameters():
             if p.ndim > 1 and not name.startswith("zero."):
-                gain = AFTER_SILU if name.startswith(("embedding.out.", "lq_in.")) else 1.0
-                p.copy_(torch.randn(p.shape, generator=generator) * gain / p[0].numel() ** 0.5)
-        for stream in (daff.double_stream.lq, daff.double_stream.latent):
-            parts = stream.modulation.bias.chunk(6)
-            for gate in (parts[2], parts[5]):
-                gate.fill_(1)
-        if daff.single_stream is not None:
-            daff.single_stream.modulation.bias.chunk(3)[2].fill_(1)
+                p.copy_(torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5)
+            if "modulation." in name:
+                p.zero_()
+        _see_linearly(daff.embedding, generator)
+        _stand_on_pedestals(daff)
+
+
+def _see_linearly(embedding: ConditionEmbedding, generator: torch.Generator) -> None:
+    """Lead u and -u through the activation and subtract them again: SiLU(u) - SiLU(-u) = u. Only the middle of each kernel sees at first."""
+    conv, out = embedding.conv.weight, embedding.out.weight
+    pairs = conv.shape[0] // 2
+    directions = torch.linalg.qr(torch.randn(conv.shape[1], pairs, generator=generator))[0].T
+    mixed = torch.randn(out.shape[0], pairs, generator=generator) / pairs ** 0.5
+    for weight, both in ((conv, torch.cat([directions, -directions])), (out, torch.cat([mixed, -mixed], 1))):
+        weight.zero_()
+        weight[:both.shape[0], :both.shape[1], 1, 1] = both
+
+
+def _stand_on_pedestals(daff: DAFF) -> None:
+    """Lift tokens far from zero, so that normalisation, which would take the strength of detail away, is nearly linear; and take the LQ stream down again."""
+    width = daff.layout.width
+    pedestal = PEDESTAL * (1 - 2 * (torch.arange(width) % 2).float())
+    daff.lq_in.bias.copy_(pedestal)
+    daff.latent_in.bias.copy_(pedestal)
+    # Of a joined token the norm's divisor is about the pedestal itself.
+    daff.last.linear.weight.copy_(LOUDNESS * PEDESTAL * torch.eye(width, 2 * width))
+    daff.last.linear.bias.copy_(-LOUDNESS * pedestal)
 
 
 def _frames(x: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ def fresh(family, preset="lite", rank=0, seed=0, single=True):
 
 
 def trained(family, spread=0.05, seed=5, **settings):
-    """A fusion whose last layers and up factors have values, as if something had been learned."""
+    """A fusion of which all that starts at zero has values, as if something had been learned."""
     weights, generator = fresh(family, **settings), torch.Generator().manual_seed(seed)
     for name, tensor in weights.tensors.items():
-        if ".zero." in f".{name}" or name.endswith("lora_B.weight"):
+        if ".zero." in f".{name}" or "modulation." in name or name.endswith("lora_B.weight"):
             weights.tensors[name] = torch.randn(tensor.shape, generator=generator) * spread
     return weights
 

@@ -36,7 +36,7 @@ from ...training.sources import good_folder  # noqa: E402
 from ...training.trainee import Models  # noqa: E402
 from . import report  # noqa: E402
 from .adapter import HOME, Lab, Watcher, attached, new_weights, training_pictures  # noqa: E402
-from .published import TRAINED, full_weights, store, weights_of  # noqa: E402
+from .published import TRAINED, store, weights_of  # noqa: E402
 from .remembered import RememberingVAE, SamePairs  # noqa: E402
 from .scenes import SCENES, eight_bit, figures, over_scenes, seeded  # noqa: E402
 
@@ -48,6 +48,8 @@ DAFF, WITHOUT_SINGLE, ADAPTER = "DAFF", "DAFF without the single stream", "adapt
 WHOLE = "DAFF and the whole denoiser"
 METHODS = (ADAPTER, DAFF, WITHOUT_SINGLE, WHOLE)
 RANK, CROP, BATCH, RATE, STEPS = 8, 128, 8, 3e-3, 1500
+# A fusion learns alone for this part of the steps, then with the denoiser; the rate falls in the second stage only.
+ALONE = 2 / 3
 # What of it a run's name does not tell.
 BUDGET = f"{BATCH}x{CROP} rank {RANK} {SamePairs.__name__}"
 SAMPLING_STEPS = 10
@@ -64,7 +66,8 @@ class Run:
     @property
     def name(self) -> str:
         """A folder's name."""
-        return f"{self.prior} {self.method} {self.rate:g}".replace("-", " ")
+        stages = "" if self.method == ADAPTER else f" {ALONE:.2f} alone"
+        return f"{self.prior} {self.method} {self.rate:g}{stages}".replace("-", " ")
 
 
 class RememberingFusion(FusionTrainee):
@@ -93,22 +96,29 @@ class FusionLab(Lab):
         self.channels = feature_channels(vae)
         self.seen = RememberingVAE(feature_vae(vae), HOME / "bench" / f"features-{weights_fingerprint(vae.patcher)[:12]}.safetensors")
 
-    def trainee(self, run: Run, weights: Weights | None = None) -> RestorationAdapterTrainee:
-        """What a run trains, fresh or from weights."""
-        model = self.models.model.model
-        if run.method == ADAPTER:
-            return RestorationAdapterTrainee(weights or new_weights(model, "small", RANK, seed=0), self.models)
-        fresh = new_fusion(model, self.channels, "lite", seed=0, single=run.method != WITHOUT_SINGLE)
-        return RememberingFusion(weights or grown(fresh, model, self.models.vae, RANK, False, seed=0, fine_tune=run.method == WHOLE), self.models, self.seen)
+    def trainee(self, run: Run, weights: Weights) -> RestorationAdapterTrainee:
+        """What a run trains, from weights."""
+        return RestorationAdapterTrainee(weights, self.models) if run.method == ADAPTER else RememberingFusion(weights, self.models, self.seen)
 
     def trained(self, run: Run) -> RestorationAdapterTrainee:
-        """Train, or go on, or take what an earlier run trained."""
-        trainee = self.trainee(run)
+        """Train, or go on, or take what an earlier run trained: an adapter in one stage, a fusion in the paper's two."""
+        model = self.models.model.model
+        if run.method == ADAPTER:
+            return self._learned(run.name, self.trainee(run, new_weights(model, "small", RANK, seed=0)), self.steps, run.rate)
+        alone = round(ALONE * self.steps)
+        fresh = new_fusion(model, self.channels, "lite", seed=0, single=run.method != WITHOUT_SINGLE)
+        first = Run(self.kind, DAFF if run.method == WHOLE else run.method, run.rate)
+        learned = weights_of(self._learned(f"{first.name} first stage", self.trainee(first, fresh), alone, run.rate, "constant"))
+        both = grown(learned, model, self.models.vae, RANK, False, seed=0, fine_tune=run.method == WHOLE)
+        return self._learned(run.name, self.trainee(run, both), self.steps - alone, run.rate)
+
+    def _learned(self, name: str, trainee: RestorationAdapterTrainee, steps: int, rate: float, schedule: str = "cosine") -> RestorationAdapterTrainee:
+        """The trainee after one run."""
         pairs = SamePairs(good_folder(training_pictures()), list(TASKS.values()), crop=CROP)
-        settings = Settings(steps=self.steps, batch=BATCH, rate=run.rate, schedule="cosine", warmup=20, ema=0.98, validate_every=0, checkpointing=False)
+        settings = Settings(steps=steps, batch=BATCH, rate=rate, schedule=schedule, warmup=20, ema=0.98, validate_every=0, checkpointing=False)
         description = report.of_this_code(describe_run(trainee, pairs, self.models, settings))
-        folder = open_run(HOME / "bench" / "fusion", run.name, description, self.steps)
-        result = train(trainee, pairs, self.models, settings, folder, Watcher(run.name))
+        folder = open_run(HOME / "bench" / "fusion", name, description, steps)
+        result = train(trainee, pairs, self.models, settings, folder, Watcher(name))
         for remembering in (self.models.vae, self.seen):
             remembering.save()
         trainee.load_state_dict(result.tensors)
@@ -176,22 +186,6 @@ def rows(lab: FusionLab, results: report.Results, scenes: Sequence[str] = tuple(
             for task in tasks:
                 row = _row(results, lab, method, task, scenes, seeds, run, lambda picture, seed: restored(lab, trainee, picture, seed), count)
                 found.append(row)
-    return found
-
-
-def committed_rows(lab: FusionLab, results: report.Results, scenes: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The pack's own fusion for this prior, which learned for longer; none where there is no file."""
-    file = TRAINED / f"fusion_{lab.kind}.safetensors"
-    if not file.exists():
-        return []
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    trainee = lab.trainee(Run(lab.kind, DAFF), full_weights(file))
-    found = []
-    with attached(lab, trainee):
-        for task in TASKS:
-            row = results.get("|".join([file.name, digest, task, ",".join(scenes), str(tuple(seeds)), recipes_digest()]),
-                              lambda: evaluated(lambda picture, seed: restored(lab, trainee, picture, seed), task, scenes, seeds))
-            found.append({"method": f"{DAFF}, the file {file.stem}", "task": task, "prior": lab.kind, **row})
     return found
 
 

@@ -18,10 +18,11 @@ COLUMNS = ("method", "decode", "task", "prior", "n", "seeds", "psnr", "psnr_std"
 SUMMARY = ("method", "decode", "prior", "psnr", "gain", "ssim", "haarpsi", "gmsd")
 INTRODUCTION = """## UniLDiff: `python dev bench unildiff --prior {prior}`
 
-A small-scale reproduction on the lab prior (lab/README.md). One set of weights for {tasks}. Fusion and the adapter: {fusion_steps} steps of
-{fusion_batch} crops of {fusion_crop} px with LoRA of rank {rank} or, where it says so, with all weights of the denoiser at a tenth of the rate; sampled from
-pure noise in {sampling} Euler steps without a prompt. Detail experts are those that come with the
-pack; what others reach with their budget, who of them works where and what they cost print `python dev bench detail_experts` and its option `--alone`.
+A small-scale reproduction on the lab prior (lab/README.md). One set of weights for {tasks}. The adapter learns with a
+LoRA of rank {rank} in {fusion_steps} steps of {fusion_batch} crops of {fusion_crop} px; DAFF in as many on the same crops, the first {alone} alone, the others with
+such a LoRA or, where it says so, with all weights of the denoiser at a tenth of the rate. Sampled from pure noise in {sampling} Euler steps
+without a prompt. Detail experts are those that come with the pack; what others reach with their budget, who of them works where and what they cost
+print `python dev bench detail_experts` and its option `--alone`.
 Four scenes, seeds as named; PSNR in dB, GMSD is better when smaller. The column gain is PSNR less that of the plain decode of the same
 latents. Latents "of the clean picture" are what no restorer can do better than: the plain decode of them is the ceiling that the VAE sets to all others.
 LD-RPS runs with the recipes of `python dev bench ld_rps`, which were chosen on these photographs.
@@ -85,7 +86,6 @@ def measured(options: argparse.Namespace, results: report.Results) -> list[dict[
     rows: list[dict[str, Any]] = []
     for lab in labs.values():
         rows += fusion.rows(lab, results, options.scenes, options.seeds)
-        rows += fusion.committed_rows(lab, results, options.scenes, options.seeds)
     rows += expert_rows(options, results, detail_experts.committed(detail_experts.lab_models()), labs)
     if options.publish:
         for kind, lab in labs.items():
@@ -153,7 +153,8 @@ def main() -> None:
     report.say("\n".join(parts))
     if not options.quick:
         introduction = INTRODUCTION.format(prior=" ".join(options.prior), tasks=", ".join(fusion.TASKS), fusion_steps=options.steps,
-                                           fusion_batch=fusion.BATCH, fusion_crop=fusion.CROP, rank=fusion.RANK, sampling=fusion.SAMPLING_STEPS)
+                                           fusion_batch=fusion.BATCH, fusion_crop=fusion.CROP, alone=round(fusion.ALONE * options.steps),
+                                           rank=fusion.RANK, sampling=fusion.SAMPLING_STEPS)
         report.write_section("unildiff", "\n".join([introduction, *parts]))
         report.keep_rows(results)
     if options.json:

@@ -18,7 +18,7 @@ from mend.tests.model_patches.fusions import applied, trained
 from mend.tests.training.tiny_training import SIDE, batch, evaluated, generators, models
 from mend.training import fusion
 from mend.training.checkpoint import open_run
-from mend.training.fusion import ENCODER_RATE, FusionTrainee, fresh_fusion
+from mend.training.fusion import ENCODER_RATE, LORA_RATE, FusionTrainee, fresh_fusion
 from mend.training.kinds import KINDS, trainee_of
 from mend.training.loop import train
 from mend.training.settings import Settings
@@ -110,8 +110,9 @@ def test_what_the_weights_hold_is_what_learns():
     assert alone.lora is None and alone.encoder is None and set(alone.rate_factors()) == {1.0}
     both = FusionTrainee(started("sd15", given), given)
     groups = State(both, Settings(rate=1e-2)).optimizer.param_groups
-    assert [group["lr"] for group in groups] == pytest.approx([1e-2, 1e-2 * ENCODER_RATE])
-    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in both.encoder.parameters()}
+    assert [group["lr"] for group in groups] == pytest.approx([1e-2, 1e-2 * LORA_RATE, 1e-2 * ENCODER_RATE])
+    for group, part in zip(groups[1:], (both.lora, both.encoder)):
+        assert {id(p) for p in group["params"]} == {id(p) for p in part.parameters()}
 
 
 @every_family

@@ -40,7 +40,7 @@ class NewDetailExperts(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "size", options=list(SIZES), default="lite",
-                    tooltip="lite: half as wide as the decoder; a decode takes about 1.6 times as long. full: as wide, about 2.5 times.",
+                    tooltip="lite: half as wide as the decoder; a decode takes about 1.2 times as long. full: as wide, about 1.6 times.",
                 ),
                 seed_input("Fixes the numbers they start from. Fresh experts change nothing, whatever the seed."),
                 io.Int.Input(

@@ -121,7 +121,7 @@ def spare_photograph(photo: Path, out: Path) -> None:
 def command_bench(options: argparse.Namespace, arguments: list[str]) -> int:
     """Runs one measurement."""
     folder = Path(__file__).with_name("bench")
-    names = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
+    names = sorted(file.stem for file in folder.glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8"))
     if options.name not in names:
         raise DevError(f"no measurement {options.name}; there are {', '.join(names) or 'none yet'}")
     return run_module(ensure_environment(options.host), f"mend.dev.bench.{options.name}", arguments)
@@ -150,7 +150,7 @@ def run_against_host(environment: Environment, module: str, arguments: list[str]
     """Runs a module that wants --server URL, on the host at `url` or on a fresh one whose log is shown if it dies."""
     if url:
         return run_module(environment, module, [*arguments, "--server", url])
-    with tempfile.TemporaryDirectory(prefix="mend-log-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mend-log-", ignore_cleanup_errors=True) as folder:
         with running_server(environment, log=Path(folder) / "server.log") as server:
             code = run_module(environment, module, [*arguments, "--server", server.url])
             if server.process.poll() is not None:

@@ -138,7 +138,7 @@ def main() -> int:
     options = build_parser().parse_args()
     try:
         figures = demonstrate(options)
-    except (WorkflowError, aiohttp.ClientError) as error:
+    except (WorkflowError, aiohttp.ClientError, OSError) as error:
         say(f"error: {error}")
         return 1
     before, after = figures["before"], figures["after"]

@@ -23,13 +23,21 @@ def users_folders(host: Path, base: Path, files: Path, scratch: Path) -> list[st
     if len(copies) > 1 or any(not copy.samefile(PACK) for copy in copies):
         names = ", ".join(str(copy) for copy in copies)
         say(f"your models are there, but not your custom nodes: they hold this pack already ({names}), and it would load twice")
-        return [*own_folders(base, files), "--models-directory", str(host / "models")]
+        return [*own_folders(base, files), *more_folders(model_folders(host / "models"), scratch)]
     options = ["--user-directory", str(base / "user"), *picture_folders(files)]
-    if not copies:
-        more = scratch / "more_nodes.yaml"  # JSON is YAML
-        more.write_text(json.dumps({"mend": {"custom_nodes": str(base / "custom_nodes")}}, ensure_ascii=False), encoding="utf-8")
-        options += ["--extra-model-paths-config", str(more)]
-    return options
+    return options if copies else [*options, *more_folders({"custom_nodes": str(base / "custom_nodes")}, scratch)]
+
+
+def model_folders(models: Path) -> dict[str, str]:
+    """The folders of models by their kind; the oldest host that the pack runs on cannot be given the one that holds them."""
+    return {folder.name: str(folder) for folder in sorted(models.iterdir()) if folder.is_dir()} if models.is_dir() else {}
+
+
+def more_folders(folders: dict[str, str], scratch: Path) -> list[str]:
+    """Options by which the host looks into more folders, by their kind."""
+    file = scratch / "more_folders.yaml"  # JSON is YAML
+    file.write_text(json.dumps({"mend": folders}, ensure_ascii=False), encoding="utf-8")
+    return ["--extra-model-paths-config", str(file)]
 
 
 def picture_folders(files: Path) -> list[str]:

@@ -55,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
 async def queue(options: argparse.Namespace) -> Result:
     """Runs the workflow and downloads what it made."""
     workflow = read_workflow(options.workflow)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
     lines = ProgressLines()
     async with Client(options.server) as client:
         try:
@@ -85,7 +87,7 @@ def main() -> int:
     options = build_parser().parse_args()
     try:
         result = asyncio.run(queue(options))
-    except (WorkflowError, aiohttp.ClientError) as error:
+    except (WorkflowError, aiohttp.ClientError, OSError) as error:
         say(f"error: {error}")
         if options.json:
             sys.stdout.write(json.dumps({"error": str(error)}) + "\n")

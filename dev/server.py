@@ -86,13 +86,15 @@ def server_command(environment: Environment, port: int, scratch: Path) -> list[s
 
 
 def has_gpu(environment: Environment) -> bool:
-    """Whether torch sees an accelerator. Torch is only asked where the system shows a trace of one."""
-    if sys.platform == "linux":
+    """Whether torch sees an accelerator. Our own torch is only asked where the system shows a trace of one that it could use."""
+    if environment.is_users:
+        pass
+    elif sys.platform == "linux":
         if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri/renderD128")):
             return False
     elif sys.platform == "win32" and shutil.which("nvidia-smi") is None:
         return False
-    probe = "import sys, torch; sys.exit(0 if torch.accelerator.is_available() else 3)"
+    probe = "import sys, torch; sys.exit(0 if getattr(torch, 'accelerator', torch.cuda).is_available() else 3)"  # before 2.6, CUDA alone
     return subprocess.run([str(environment.python), "-c", probe], check=False, capture_output=True).returncode == 0
 
 

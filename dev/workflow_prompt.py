@@ -38,6 +38,8 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
         workflow = workflow["prompt"]
     if workflow_to_api.is_api_format(workflow):
         return {node_id: dict(node, inputs=dict(node.get("inputs", {}))) for node_id, node in workflow.items() if "class_type" in node}
+    if not isinstance(workflow.get("nodes"), list):
+        raise WorkflowError("this is not a workflow: it has neither a list of nodes nor nodes by their ids")
     refuse_unknown_nodes(workflow, object_info)
     try:
         prompt = workflow_to_api.convert_ui_to_api(workflow, object_info)
@@ -148,7 +150,7 @@ def image_inputs(prompt: Prompt, object_info: dict[str, Any]) -> list[tuple[str,
         for name, spec in input_schema(object_info.get(node["class_type"], {})).items():
             if len(spec) > 1 and isinstance(spec[1], dict) and spec[1].get("image_upload"):
                 found.append((node_id, name))
-    return sorted(found, key=lambda pair: [int(part) if part.isdigit() else part for part in pair[0].split(":")])
+    return sorted(found, key=lambda pair: [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in pair[0].split(":")])
 
 
 def set_seeds(prompt: Prompt, seed: int, object_info: dict[str, Any]) -> None:

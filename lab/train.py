@@ -1,6 +1,7 @@
 """Train the lab prior: `python dev train-lab [vae] [decoder] [unet] [dit] [pixel]`. Everything follows from seeds; a killed run goes on where it stood."""
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -39,7 +40,7 @@ LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 
 
 def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, Tensor]], run: Path, steps: int, peak: float,
-          evaluate: Callable[[Average, int], None], missing: bool = False) -> Average:
+          evaluate: Callable[[Average, int], None], made_with: dict[str, str], missing: bool = False) -> Average:
     """Train to `steps`, saving about once a minute.
 
     Args:
@@ -50,6 +51,7 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, T
         steps: total steps, over all resumptions.
         peak: highest learning rate.
         evaluate: called with the averaged weights and the steps taken before the run is saved: what is saved has its weights written.
+        made_with: what the run depends on besides `steps`; one that was begun with something else is refused.
         missing: whether those weights are not there, so that a run with nothing left to do writes them again.
 
     Returns:
@@ -57,7 +59,8 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, T
     """
     average = Average(module)
     optimizer = MuonAdam(module, peak)
-    step = load_run(run, module, average, optimizer)
+    made_with = {"steps": str(steps), **made_with}
+    step = load_run(run, module, average, optimizer, made_with)
     if step >= steps and missing:
         evaluate(average, step)
     saved, begun, figures = time.monotonic(), time.monotonic(), []
@@ -71,7 +74,7 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], tuple[Tensor, T
             recent = torch.stack(figures[-100:]).mean().item()
             log(f"{name} step {step + 1}/{steps} figure {recent:.4f} {time.monotonic() - begun:.0f} s")
             evaluate(average, step + 1)
-            save_run(run, step + 1, module, average, optimizer)
+            save_run(run, step + 1, module, average, optimizer, made_with)
             saved = time.monotonic()
     return average
 
@@ -80,7 +83,9 @@ def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int,
     """Train the VAE and write lab/weights/vae.safetensors; with `decoder_only` the latents of existing weights stay what they are."""
     store = cached_pictures(cache, count)
     model = build_autoencoder().to(device, memory_format=torch.channels_last)
+    made_with = {"pictures": str(count)}
     if decoder_only:
+        made_with["latents"] = encoder_digest()
         model.load_state_dict(load_file(WEIGHTS / "vae.safetensors"))
         model.taesd_encoder.requires_grad_(False)
     held_out = torch.stack([evaluation_photograph(name) for name in EVALUATION]).to(device)
@@ -102,7 +107,7 @@ def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int,
                      {"mend.kind": "lab_vae", "mend.lab.steps": str(done), "mend.preview": json.dumps(preview_colours(averaged, store, device))})
 
     name = "decoder" if decoder_only else "vae"
-    train(name, model, loss_of, cache / f"{name}.run.safetensors", steps, 4e-4 if decoder_only else 1e-3, evaluate, missing)
+    train(name, model, loss_of, cache / f"{name}.run.safetensors", steps, 4e-4 if decoder_only else 1e-3, evaluate, made_with, missing)
 
 
 def preview_colours(model: nn.Module, store: np.ndarray, device: torch.device) -> tuple[list[list[float]], list[float]]:
@@ -122,8 +127,8 @@ def preview_colours(model: nn.Module, store: np.ndarray, device: torch.device) -
 
 
 def encode_pictures(cache: Path, device: torch.device, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return latents (count, 16, 32, 32) and captions (count, n) of word ids, made once and kept in the cache."""
-    latents_file = cache / f"latents-{count}.npy"
+    """Return latents (count, 16, 32, 32) and captions (count, n) of word ids, made once for every encoder and kept in the cache."""
+    latents_file = cache / f"latents-{count}-{encoder_digest()}.npy"
     if latents_file.exists():
         return np.load(latents_file, mmap_mode="r"), captions(cache, count)
     store = cached_pictures(cache, count)
@@ -141,6 +146,15 @@ def encode_pictures(cache: Path, device: torch.device, count: int) -> tuple[np.n
     return np.load(latents_file, mmap_mode="r"), captions(cache, count)
 
 
+def encoder_digest() -> str:
+    """Hash of the VAE's encoder: what latents, and all that learns from them, belong to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(WEIGHTS / "vae.safetensors").items()):
+        if name.startswith("taesd_encoder."):
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
 def captions(cache: Path, count: int) -> np.ndarray:
     """Return (count, n) word ids of the training pictures, read once and kept in the cache."""
     file = cache / f"captions-{count}.npy"
@@ -154,10 +168,12 @@ def captions(cache: Path, count: int) -> np.ndarray:
 def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, count: int, missing: bool = False) -> None:
     """Train the UNet, the DiT or the UNet on pixels and write lab/weights/<kind>.safetensors."""
     pixels = kind == "pixel"
+    made_with = {"pictures": str(count)}
     if pixels:
         samples, words = cached_pictures(cache, count).transpose(0, 3, 1, 2), captions(cache, count)
     else:
         samples, words = encode_pictures(cache, device, count)
+        made_with["latents"] = encoder_digest()
     model = {"unet": build_unet, "dit": build_dit, "pixel": lambda: build_unet(PIXEL)}[kind]().to(device, memory_format=torch.channels_last)
     alphas_cumprod = sd_alphas_cumprod()
 
@@ -178,7 +194,7 @@ def train_denoiser(kind: str, cache: Path, device: torch.device, steps: int, cou
         renamed = {k.replace("net.", "model.diffusion_model.", 1) if k.startswith("net.") else k: v for k, v in tensors.items()}
         save_weights(weights_file(kind), renamed, {"mend.kind": f"lab_{kind}", "mend.lab.steps": str(done)})
 
-    train(kind, model, loss_of, cache / f"{kind}.run.safetensors", steps, 1.5e-3, evaluate, missing)
+    train(kind, model, loss_of, cache / f"{kind}.run.safetensors", steps, 1.5e-3, evaluate, made_with, missing)
 
 
 def half_precision(device: torch.device) -> autocast:
@@ -218,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python dev train-lab", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*STEPS, []], help="default: all, in this order")
     parser.add_argument("--cache", type=Path, required=True, help="where pictures, latents and unfinished runs are kept")
-    parser.add_argument("--steps", type=int, help="stop after so many steps")
+    parser.add_argument("--steps", type=int, help="steps of each part, in place of its own number")
     parser.add_argument("--pictures", type=int, default=8000)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()

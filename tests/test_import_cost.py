@@ -38,7 +38,7 @@ def measure(cache):
     Seconds are the processor's: those of a clock say as much about what else the machine does.
     """
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(cache), "PYTHONDONTWRITEBYTECODE": ""}
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, env=environment, cwd=cache)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import shutil
 import sys
 import time
@@ -390,13 +391,18 @@ The column gain is PSNR less that of the plain decode of the same latents, in dB
 """
 
 
-def own_tables(trainee: DetailExpertsTrainee, models: Models, results: report.Results, options: argparse.Namespace) -> list[str]:
-    """Measure attached experts: figures by restorer and task with their means, who worked where, and the cost."""
+def own_rows(trainee: DetailExpertsTrainee, models: Models, results: report.Results, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure attached experts by restorer and task, with their means."""
     scenes = options.scenes
     found = rows(results, models, trainee, "of the clean picture", clean_latents(models, scenes), scenes, options.seeds)
     for kind in options.after:
         found += rows(results, models, trainee, f"LD-RPS, {kind}", zero_shot_latents(kind), scenes, options.seeds[:options.after_seeds], zero_shot_digest())
-    return [report.markdown([*found, *means(found)], COLUMNS), "Which expert worked on how much of the pictures:\n", shares_table(shares(trainee, models, scenes)),
+    return [*found, *means(found)]
+
+
+def own_tables(found: list[dict[str, Any]], trainee: DetailExpertsTrainee, models: Models, scenes: tuple[str, ...]) -> list[str]:
+    """The figures of attached experts, who worked where, and the cost."""
+    return [report.markdown(found, COLUMNS), "Which expert worked on how much of the pictures:\n", shares_table(shares(trainee, models, scenes)),
             f"One decode at the size of SD's AutoencoderKL, random weights, {COST_SIDE} px, one processor core:\n", cost_table(cost_rows())]
 
 
@@ -415,7 +421,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--after", nargs="*", default=[], choices=["unet", "dit"], help="decode after LD-RPS on these priors, too")
     parser.add_argument("--after-seeds", type=int, default=len(SEEDS), help="seeds of that: a sampling takes about half a minute")
+    parser.add_argument("--quick", action="store_true", help="the experts that come with the pack, on coffee, one seed")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON: the rows")
     options = parser.parse_args()
+    if options.quick:
+        options.shipped, options.scenes, options.seeds = True, ["coffee"], 1
     if options.cost:
         report.say(cost_table(cost_rows()))
         return
@@ -432,12 +442,15 @@ def main() -> None:
     if options.publish:
         store(weights_of(trainee), FILE)
     with attached(trainee, models):
-        parts = own_tables(trainee, models, report.Results(report.results_file("detail_experts")), options)
+        found = own_rows(trainee, models, report.Results(report.results_file("detail_experts")), options)
+        parts = own_tables(found, trainee, models, options.scenes)
     report.say("\n".join(parts))
     if whole:
         introduction = INTRODUCTION.format(command=" ".join(["detail_experts", *sys.argv[1:]]), size=SIZE, steps=options.steps, batch=BATCH,
                                            crop=options.crop, rate=options.rate, tasks=", ".join(TASKS), seeds=len(options.seeds))
         report.write_section("detail_experts", "\n".join([introduction, *parts]))
+    if options.json:
+        report.say(json.dumps({"rows": found}))
 
 
 if __name__ == "__main__":

@@ -102,10 +102,10 @@ def of_this_code(description: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def code() -> str:
-    """Hash of the code that is loaded when it is first asked for, less its comments and docstrings."""
+    """Hash of the code that is loaded when it is first asked for, less its comments and docstrings; the same under every Python."""
     digest = hashlib.sha256()
     for file in sorted(_loaded_files()):
-        digest.update(ast.dump(_without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())
+        digest.update(repr(syntax(_without_docstrings(ast.parse(file.read_text(encoding="utf-8"))))).encode())
     return digest.hexdigest()[:12]
 
 
@@ -129,6 +129,17 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
     return tree
+
+
+def syntax(node: Any) -> Any:
+    """A syntax tree as tuples, less what holds nothing: Pythons differ in which empty fields there are, and in empty texts of formats."""
+    if isinstance(node, list):
+        return [syntax(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return node
+    if isinstance(node, ast.JoinedStr):
+        return "JoinedStr", [syntax(part) for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
+    return type(node).__name__, [(name, syntax(value)) for name, value in ast.iter_fields(node) if value is not None and value != []]
 
 
 def markdown(rows: list[dict], columns: tuple[str, ...]) -> str:

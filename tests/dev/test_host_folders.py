@@ -68,8 +68,9 @@ def test_a_pack_that_is_among_the_users_nodes_is_not_added_again(users, base, tm
 def test_the_users_nodes_stay_away_where_they_hold_another_copy(users, base, tmp_path, capsys):
     copy = copy_of_the_pack(users / "custom_nodes" / "installed")
     given = options(users, base, tmp_path)
-    assert given["--base-directory"] == str(base) and given["--models-directory"] == str(users / "models")
-    assert "--extra-model-paths-config" not in given and str(copy) in capsys.readouterr().err
+    more = json.loads(Path(given["--extra-model-paths-config"]).read_text(encoding="utf-8"))
+    assert given["--base-directory"] == str(base) and more == {"mend": {"checkpoints": str(users / "models" / "checkpoints")}}
+    assert str(copy) in capsys.readouterr().err
 
 
 def test_without_the_users_own_everything_is_ours(base, tmp_path):
@@ -103,8 +104,8 @@ def test_a_number_that_is_no_port_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("linked", [False, True])
-def test_a_server_on_the_users_comfyui(users, base, tmp_path, monkeypatch, linked):
+@pytest.mark.parametrize("pack", ["absent", "linked", "copied"])
+def test_a_server_on_the_users_comfyui(users, base, tmp_path, monkeypatch, pack):
     if ensure_environment().is_users:
         pytest.skip("the host is the user's own: too much to copy")
     host = ensure_environment().host
@@ -112,7 +113,9 @@ def test_a_server_on_the_users_comfyui(users, base, tmp_path, monkeypatch, linke
     shutil.copytree(host, users, dirs_exist_ok=True, ignore=lambda folder, names: skipped.get(str(folder), {"__pycache__"}))
     (users / "models" / "checkpoints" / "theirs.safetensors").touch()
     (users / "custom_nodes" / "theirs.py").write_text(NODE)
-    if linked:
+    if pack == "copied":
+        copy_of_the_pack(users / "custom_nodes" / "installed")
+    elif pack == "linked":
         workspace.link_folder(workspace.PACK, users / "custom_nodes" / "restoration")
     monkeypatch.setattr(workspace, "base_folder", lambda: base)
     monkeypatch.setenv("COMFYUI_PATH", str(users))
@@ -126,8 +129,8 @@ def test_a_server_on_the_users_comfyui(users, base, tmp_path, monkeypatch, linke
     with server.running_server(ensure_environment(), log=tmp_path / "log") as running:
         nodes = asyncio.run(object_info(running.url))
     assert nodes["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0] == ["theirs.safetensors"]
-    assert "Theirs" in nodes
-    name = "restoration" if linked else "mend"
+    assert ("Theirs" in nodes) == (pack != "copied")
+    name = "restoration" if pack == "linked" else "mend"
     assert nodes["MendFPAMAlignment"]["python_module"] == f"custom_nodes.{name}"
     log = (tmp_path / "log").read_text(encoding="utf-8", errors="replace")
     packs = [Path(line.split(": ")[-1].strip()).name for line in log.splitlines() if " seconds" in line]

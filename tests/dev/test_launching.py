@@ -72,6 +72,7 @@ def test_missing_program_and_missing_command_are_explained():
     assert "no program surely-not-there" in dev("exec", "--", "surely-not-there").stderr
     assert "nothing to run" in dev("exec").stderr
     assert "no measurement nonesuch" in dev("bench", "nonesuch").stderr
+    assert "no measurement report; there are adapter, " in dev("bench", "report").stderr
 
 
 def test_tools_of_the_environment_come_first():

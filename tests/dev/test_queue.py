@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -71,3 +72,12 @@ def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch):
         lines(f"Sample (3): {step}/2")
     lines.end()
     assert log.getvalue() == "[mend] Sample (3): 0/2\n"
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+    workflow, taken = tmp_path / "workflow.json", tmp_path / "taken"
+    workflow.write_text("{}")
+    taken.touch()
+    monkeypatch.setattr("sys.argv", ["queue", str(workflow), "--out", str(taken), "--json", "--server", "http://127.0.0.1:1"])
+    assert queue_run.main() == 1
+    assert "taken" in json.loads(capsys.readouterr().out)["error"]

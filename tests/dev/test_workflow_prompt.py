@@ -117,6 +117,18 @@ def test_image_inputs_come_in_the_order_of_their_ids(info):
     assert workflow_prompt.image_inputs(prompt, info) == [("2", "image"), ("3:4", "image"), ("10", "image")]
 
 
+def test_image_inputs_take_ids_that_are_words(info):
+    loader = {"class_type": "LoadImage", "inputs": {"image": "a.png"}}
+    found = workflow_prompt.image_inputs({"load": loader, "2": loader, "10:a": loader}, info)
+    assert found == [("2", "image"), ("10:a", "image"), ("load", "image")]
+
+
+@pytest.mark.parametrize("data", [{}, {"name": "a package", "version": "1"}, {"nodes": None}])
+def test_what_is_no_workflow_is_refused(info, data):
+    with pytest.raises(WorkflowError, match="this is not a workflow"):
+        workflow_prompt.to_prompt(data, info)
+
+
 def test_broken_files_are_explained(tmp_path):
     file = tmp_path / "broken.json"
     file.write_text("{")

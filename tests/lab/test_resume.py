@@ -7,6 +7,8 @@ from torch.nn import Conv2d, Embedding, Flatten, GroupNorm, Linear, ModuleDict, 
 from mend.lab.optimizer import MuonAdam
 from mend.lab.resume import Average, load_run, save_run
 
+MADE_WITH = {"steps": "8"}
+
 
 class Run:
     """A small network of filters, matrices, vectors and a word table, and all that training keeps of it."""
@@ -37,9 +39,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, frozen):
     file = tmp_path / "a.run.safetensors"
     through = Run(frozen).train(0, 8)
     killed = Run(frozen).train(0, 3)
-    save_run(file, 3, killed.module, killed.average, killed.optimizer)
+    save_run(file, 3, killed.module, killed.average, killed.optimizer, MADE_WITH)
     resumed = Run(frozen)
-    assert load_run(file, resumed.module, resumed.average, resumed.optimizer) == 3
+    assert load_run(file, resumed.module, resumed.average, resumed.optimizer, MADE_WITH) == 3
     resumed.train(3, 8)
     assert all(torch.equal(value, through.state()[name]) for name, value in resumed.state().items())
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
@@ -55,18 +57,18 @@ def test_training_acts_and_frozen_weights_stay():
 def test_without_a_file_training_begins(tmp_path):
     run = Run()
     before = {name: value.clone() for name, value in run.state().items()}
-    assert load_run(tmp_path / "none.safetensors", run.module, run.average, run.optimizer) == 0
+    assert load_run(tmp_path / "none.safetensors", run.module, run.average, run.optimizer, MADE_WITH) == 0
     assert all(torch.equal(value, before[name]) for name, value in run.state().items())
 
 
 def test_a_save_that_dies_leaves_the_last_one(tmp_path, monkeypatch):
     file, run = tmp_path / "a.run.safetensors", Run().train(0, 2)
-    save_run(file, 2, run.module, run.average, run.optimizer)
+    save_run(file, 2, run.module, run.average, run.optimizer, MADE_WITH)
     monkeypatch.setattr("os.replace", lambda *names: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_run(file, 7, run.module, run.average, run.optimizer)
+        save_run(file, 7, run.module, run.average, run.optimizer, MADE_WITH)
     other = Run()
-    assert load_run(file, other.module, other.average, other.optimizer) == 2
+    assert load_run(file, other.module, other.average, other.optimizer, MADE_WITH) == 2
 
 
 def test_the_average_follows():

@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 
 from mend.lab import train
+from mend.lab.resume import OtherRun, save_run
 
 STEPS, PICTURES = 2, 8
 
@@ -22,11 +23,23 @@ def tensors(file):
         return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()
 
 
-def test_the_model_of_pixels_learns_without_a_vae_and_goes_on_where_it_was_stopped(written):
-    for folder, stops in (("whole", (STEPS,)), ("parts", (1, STEPS))):
-        for steps in stops:
-            train.train_denoiser("pixel", written / folder, torch.device("cpu"), steps, PICTURES)
-    found, metadata = tensors(written / "weights" / "pixel.safetensors")
+def save_and_die(*state):
+    save_run(*state)
+    raise KeyboardInterrupt
+
+
+def test_the_model_of_pixels_learns_without_a_vae_and_goes_on_where_it_was_stopped(written, monkeypatch):
+    pixel(written / "whole")
+    whole, _ = tensors(train.weights_file("pixel"))
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "SAVE_EVERY", 0)
+        patched.setattr(train, "save_run", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            pixel(written / "parts")
+    assert tensors(train.weights_file("pixel"))[1]["mend.lab.steps"] == "1"
+    pixel(written / "parts")
+    found, metadata = tensors(train.weights_file("pixel"))
+    assert all(torch.equal(whole[name], tensor) for name, tensor in found.items())
     shipped, _ = tensors(train.Path(train.__file__).parent / "weights" / "pixel.safetensors")
     assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in shipped.items()}
     assert metadata["mend.kind"] == "lab_pixel" and metadata["mend.lab.steps"] == str(STEPS)
@@ -50,6 +63,37 @@ def test_a_run_that_is_killed_when_it_is_saved_has_its_weights(written, monkeypa
     assert metadata["mend.lab.steps"] == str(STEPS)
     pixel(written)
     assert all(torch.equal(first[name], tensor) for name, tensor in tensors(train.weights_file("pixel"))[0].items())
+
+
+def test_a_run_of_other_steps_or_pictures_is_refused_and_stays(written):
+    pixel(written)
+    before, first = (written / "pixel.run.safetensors").read_bytes(), tensors(train.weights_file("pixel"))[0]
+    for steps, pictures in ((STEPS + 1, PICTURES), (STEPS, PICTURES + 1)):
+        with pytest.raises(OtherRun, match=f"pictures {PICTURES}, steps {STEPS}; now pictures {pictures}, steps {steps}"):
+            train.train_denoiser("pixel", written, torch.device("cpu"), steps, pictures)
+    assert (written / "pixel.run.safetensors").read_bytes() == before
+    assert all(torch.equal(first[name], tensor) for name, tensor in tensors(train.weights_file("pixel"))[0].items())
+
+
+def test_a_decoder_of_another_vae_does_not_write_over_it(written):
+    def write_vae(scale):
+        model = train.build_autoencoder()
+        model.taesd_encoder[-1].weight.data.mul_(scale)
+        train.save_weights(train.weights_file("vae"), model.state_dict(), {})
+        return tensors(train.weights_file("vae"))[0]
+
+    def decoder():
+        train.train_autoencoder(written, torch.device("cpu"), 1, PICTURES, decoder_only=True)
+
+    first = write_vae(1)
+    decoder()
+    trained, _ = tensors(train.weights_file("vae"))
+    assert {name.partition(".")[0] for name, tensor in trained.items() if not torch.equal(first[name], tensor)} >= {"taesd_decoder"}
+    assert all(torch.equal(first[name], tensor) for name, tensor in trained.items() if name.startswith("taesd_encoder."))
+    other = write_vae(2)
+    with pytest.raises(OtherRun, match="latents"):
+        decoder()
+    assert all(torch.equal(other[name], tensor) for name, tensor in tensors(train.weights_file("vae"))[0].items())
 
 
 def test_weights_that_have_gone_are_written_again_without_training(written, monkeypatch, capsys):

@@ -93,7 +93,7 @@ class ApplyLearnedPrompt(io.ComfyNode):
             display_name=APPLY,
             category="restoration/learned-prompt",
             description="Let a learned prompt tell your model to restore one kind of damage, such as blur, noise or haze. Sample with "
-            "Bridge Sampler, an empty text and cfg 1. Published prompt files for FLUX and WAN work too.",
+            "Bridge Sampler, an empty text and cfg 1. Prompt files as published for FLUX and WAN can be read too.",
             search_aliases=["learned prompt", "YPT", "restore photo", "restore video", "deblur", "dehaze", "denoise", "derain", "lowlight"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the prompt was trained on, or another fine-tune of the same family."),

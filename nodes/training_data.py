@@ -87,7 +87,7 @@ class PairedData(io.ComfyNode):
                 io.Boolean.Input("flip", default=True, tooltip="Mirror half of the samples. Turn it off for pictures with text."),
                 io.Int.Input(
                     "held_out", default=8, min=0, max=1000,
-                    tooltip="How many pictures are kept aside to validate with, at most a tenth of them. Of fewer than ten none is.",
+                    tooltip="How many pictures are kept aside to validate with, at most a tenth of them. With fewer than ten pictures none is kept aside.",
                 ),
             ],
             outputs=[

@@ -28,7 +28,7 @@ class LoadWeights(io.ComfyNode):
             display_name=LOAD,
             category="restoration/weights",
             description="Load what was trained with Mend: restoration adapters and other kinds of weights, one small file each; or a "
-            "learned prompt as its authors publish it. Files lie in models/mend; those that come with the pack are listed under lab.",
+            "learned prompt as its authors publish it. Files lie in models/mend; those that come with the pack are in the same list.",
             search_aliases=["load adapter", "restoration adapter", "load mend", "mend weights", "learned prompt"],
             inputs=[
                 io.Combo.Input("file", options=folders.weights_files(), tooltip="A file in models/mend, or one of the lab's.")

@@ -330,7 +330,7 @@ seed, for adapters and ControlNet alike. Restored from
 pure noise with {sampling} Euler steps, no prompt, except where "noise-matched start" says that sampling began at the encoded picture, in
 {matched} steps. The lab's VAE alone takes much noise away: "degraded through the VAE" is what coding does without any
 denoiser. Four scenes, {seeds} seed(s); PSNR in dB. "small" adapters with LoRA of rank {rank}.
-Full-size models were counted (below), not trained.
+Full-size models were counted (above), not trained.
 
 Restoration guidance on one photograph, from `python dev bench guidance_picture`:
 

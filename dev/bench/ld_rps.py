@@ -259,8 +259,9 @@ INTRODUCTION = """## Zero-shot restoration: `python dev bench ld_rps`
 
 A small-scale reproduction on the lab prior (lab/README.md), a model of 7 to 9 million parameters that comes with the pack. Four scenes
 (scikit-image's coffee and motorcycle pair, scikit-learn's china and flower), centre crops of 256 pixels, never trained on. PSNR in dB; psnr_std is the
-deviation over scenes. model_calls counts samples that went through the denoiser. The lab VAE limits what any method on its latents can reach: the row "VAE of the clean picture" is that ceiling. Full-size models have been
-checked for shapes only. Where sampling starts, its steps and how often guidance acts were chosen on three training photographs; the first guess, the
+deviation over scenes. model_calls counts samples that went through the denoiser. The lab VAE limits what any method on its latents can reach: the row
+"VAE of the clean picture" is that ceiling. The prompt describes the clean picture in seven or eight of the lab's words, but in the row "without text".
+Full-size models have been checked for shapes only. Where sampling starts, its steps and how often guidance acts were chosen on three training photographs; the first guess, the
 weights of the quality prior and the rate of F-PAM while looking at the photographs below, coffee most of all: nothing was trained on them, but the
 figures are not those of an untouched test set. "Its start" is the picture that is encoded: First Guess's, or the degraded one itself.
 """

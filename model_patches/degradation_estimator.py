@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config_values import number, whole_number
 from .fit import misfit
 from .framing import rgb_pictures
-from .host import inference_module, run_module, run_operations
+from .host import inference_module, run_module, trained_operations
 from .weights_file import Weights, part_of
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def new_weights(bank: Tensor, config: dict[str, Any], seed: int = 0) -> Weights:
         seed: fixes the weights.
     """
     with torch.inference_mode(False), torch.no_grad():
-        network = EstimatorNetwork(level_counts(config), run_operations)
+        network = EstimatorNetwork(level_counts(config), trained_operations)
         generator = torch.Generator().manual_seed(seed)
         for name, p in network.named_parameters():
             p.copy_(torch.zeros(p.shape) if name.endswith("bias") else torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config_values import one_of, whole_number
 from .framing import rgb_pictures
-from .host import inference_module, run_module, run_operations
+from .host import inference_module, run_module, trained_operations
 from .residual_block import ResidualBlock
 from .weights_file import Weights, part_of
 
@@ -184,7 +184,7 @@ def new_weights(size: str, charts: Tensor, adversarial: bool = True, seed: int =
     """
     measures = SIZES[size]
     with torch.inference_mode(False), torch.no_grad():
-        network = TokenizerNetwork(measures, adversarial, run_operations)
+        network = TokenizerNetwork(measures, adversarial, trained_operations)
         generator = torch.Generator().manual_seed(seed)
         for name, p in network.named_parameters():
             if ".norm" in name:

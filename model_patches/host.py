@@ -22,7 +22,7 @@ import comfy.samplers
 import comfy.sd
 import comfy.utils
 
-from .host_gradients import plain_weights
+from .host_gradients import casting_layers, copied_weights, differentiable_attention, plain_weights
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -131,9 +131,14 @@ def loaded_for_training(patcher: "ModelPatcher") -> None:
     patcher.model.requires_grad_(False)
 
 
-def keep_loaded_for_training(patcher: "ModelPatcher") -> None:
-    """Bring a model back that the host has moved away, as it does where a VAE needs the room."""
-    if patcher.current_loaded_device() != patcher.load_device:
+def keep_loaded_for_training(patcher: "ModelPatcher", size: int) -> None:
+    """Bring a model back that the host has moved away, in whole or in part, as it does where a VAE needs the room.
+
+    Args:
+        patcher: loaded once.
+        size: how many bytes of it were loaded then.
+    """
+    if patcher.current_loaded_device() != patcher.load_device or patcher.loaded_size() < size:
         loaded_for_training(patcher)
 
 
@@ -143,8 +148,19 @@ def keep_loaded(guider: Any) -> None:
 
 
 def for_training(patcher: "ModelPatcher") -> "ModelPatcher":
-    """Return a clone whose weights stay where they are while something is trained through them."""
-    return patcher.clone(disable_dynamic=True) if patcher.is_dynamic() else patcher.clone()
+    """Return a clone whose weights stay where they are while something is trained through them.
+
+    Of a model that the host feeds on demand this is a new copy each time; clones of the copy share its weights.
+
+    Raises:
+        ValueError: when the host does not know where such a model came from.
+    """
+    if not patcher.is_dynamic():
+        return patcher.clone()
+    if patcher.cached_patcher_init is None:
+        raise ValueError("'model' was not loaded by one of ComfyUI's own loaders, and with dynamic VRAM such a model cannot be trained on. "
+                         "Load it by one of them, or start ComfyUI with --disable-dynamic-vram.")
+    return patcher.clone(disable_dynamic=True)
 
 
 def model_conds(model: "BaseModel", conditioning: list, latent: Tensor) -> dict[str, comfy.conds.CONDRegular]:
@@ -163,7 +179,7 @@ def batched_conds(rows: list[dict[str, comfy.conds.CONDRegular]]) -> dict[str, A
 
 
 def evaluate(patcher: "ModelPatcher", x: Tensor, sigma: Tensor, conds: dict[str, Any]) -> Tensor:
-    """Return the x0 that a patched model predicts, outside any sampler.
+    """Return the x0 that a patched model predicts, outside any sampler; gradients can flow through it.
 
     Args:
         patcher: loaded.
@@ -174,6 +190,10 @@ def evaluate(patcher: "ModelPatcher", x: Tensor, sigma: Tensor, conds: dict[str,
     options = comfy.model_patcher.create_model_options_clone(patcher.model_options)["transformer_options"]
     options |= {"wrappers": comfy.patcher_extension.copy_nested_dicts(patcher.wrappers), "cond_or_uncond": [0], "sigmas": sigma[:1],
                 "sample_sigmas": torch.stack([sigma[0], torch.zeros_like(sigma[0])])}
+    if torch.is_grad_enabled():
+        options = differentiable_attention(options)
+        with copied_weights(casting_layers(patcher.model.diffusion_model, x.device)):
+            return patcher.model.apply_model(x, sigma, transformer_options=options, **conds)
     return patcher.model.apply_model(x, sigma, transformer_options=options, **conds)
 
 
@@ -352,6 +372,8 @@ def sample_with(patcher: "ModelPatcher", conditioning: list, noise: Tensor, samp
     return comfy.sample.sample_custom(patcher, noise, 1.0, sampler, sigmas, conditioning, conditioning, latent, disable_pbar=True, seed=0)
 
 
-def make_room(device: torch.device, size: float) -> None:
-    """Have the host move its models away until so many bytes are free on a device, beside what it keeps in reserve."""
-    comfy.model_management.free_memory(size + comfy.model_management.extra_reserved_memory(), device)
+def make_room(device: torch.device, size: float, but: "ModelPatcher | None" = None) -> None:
+    """Have the host move its models away, one excepted, until so many bytes are free on a device, beside what it keeps in reserve."""
+    management = comfy.model_management
+    kept = [] if but is None else [management.LoadedModel(but)]
+    management.free_memory(size + management.extra_reserved_memory(), device, keep_loaded=kept)

@@ -1,6 +1,6 @@
 """Gradients through the host's models, which load and run under inference mode. Part of what host.py stands for."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,8 +111,15 @@ def unshared_norm_inputs(diffusion_model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+# The host's implementations of attention that have a backward pass; of others that users may have chosen some have none.
+_WITH_GRADIENT = ("attention_basic", "attention_sub_quad", "attention_split", "attention_xformers", "attention_pytorch")
+
+
 def differentiable_attention(transformer_options: dict[str, Any]) -> dict[str, Any]:
-    """Return options under which attention is torch's own: of the implementations that users may have chosen some have no backward pass."""
+    """Return options under which attention has gradients: torch's own takes the place of implementations that may have none."""
     from comfy.ldm.modules.attention import attention_pytorch
 
-    return {**transformer_options, "optimized_attention_override": lambda chosen, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+    def attend(chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return (chosen if chosen.__name__ in _WITH_GRADIENT else attention_pytorch)(*args, **kwargs)
+
+    return {**transformer_options, "optimized_attention_override": attend}

@@ -105,10 +105,11 @@ BUILDERS: dict[str, Callable[..., comfy.model_base.BaseModel]] = {
 }
 
 
-def model(family: str, seed: int = 0, **changes: Any) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL of this family. `changes` go into its configuration, for example depth=3."""
+def model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL of this family, which computes in this precision. `changes` go into its configuration, for example depth=3."""
     inner = BUILDERS[family](**changes)
     initialise(inner.diffusion_model, seed)
+    inner.diffusion_model.to(dtype).dtype = dtype
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(inner, load_device=device, offload_device=comfy.model_management.unet_offload_device())
 

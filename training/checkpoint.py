@@ -105,7 +105,10 @@ class RunFolder:
         with _replacing(self._file(checkpoint.step)) as temporary:
             save_file(tensors, temporary, metadata)
         for step in self.steps()[self.keep :]:
-            self._file(step).unlink(missing_ok=True)
+            try:
+                self._file(step).unlink(missing_ok=True)
+            except OSError as error:  # a virus scanner, or another program on Windows, holds it: the next save tries again
+                logging.warning("Mend: %s cannot be deleted (%s)", self._file(step), error)
 
     def load(self) -> Checkpoint | None:
         """Return the latest checkpoint that is whole, None where there is none."""
@@ -200,7 +203,8 @@ def _read(file: Path) -> Checkpoint:
         metadata = opened.metadata() or {}
         if metadata["mend.version"] != VERSION:
             raise ValueError(f"version {metadata['mend.version']} of the format")
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+        # Copies: what stays mapped to the file would keep it from being deleted or replaced on Windows.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - not a dict
     return Checkpoint(int(metadata["mend.step"]), tensors, json.loads(metadata["mend.facts"]))
 
 

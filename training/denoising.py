@@ -6,12 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import autocast
 
 from ..model_patches.diffusion_adapter import DiffusionAdapter
 from ..model_patches.fine_tune import FineTune
-from ..model_patches.host import batched_conds, evaluate, is_flow, keep_loaded_for_training, loaded_for_training, model_conds, output_slope
+from ..model_patches.host import (
+    batched_conds,
+    evaluate,
+    is_flow,
+    keep_loaded_for_training,
+    loaded_for_training,
+    make_room,
+    model_conds,
+    output_slope,
+)
 from ..model_patches.host_gradients import unshared_norm_inputs
-from ..model_patches.host_vae import encode_pictures
+from ..model_patches.host_vae import BACKWARD_FACTOR, encode_pictures
 from .trainee import Models
 
 SMALLEST_FLOW_TIME = 1e-3
@@ -32,13 +42,15 @@ class Denoising:
         self.models, self.patched = models, patched
         self.sampling = patched.get_model_object("model_sampling")
         self.encoded: dict[str, list] = {}
+        self.room = 0.0
         loaded_for_training(patched)
+        self.loaded = patched.loaded_size()
 
     def conditioning(self, text: str) -> list:
         """Return the CONDITIONING of a text; each distinct text is encoded once."""
         if text not in self.encoded:
             clip = self.models.clip
-            with torch.no_grad():
+            with torch.no_grad(), self._full_precision():
                 self.encoded[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         return self.encoded[text]
 
@@ -53,7 +65,7 @@ class Denoising:
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Return the latents of pictures (B, H, W, 3) in 0..1 as the model sees them."""
-        with torch.no_grad():
+        with torch.no_grad(), self._full_precision():
             return encode_pictures(self.models.vae, self.models.model.model, pictures).to(self.patched.load_device)
 
     def decode(self, latents: Tensor, like: Tensor) -> Tensor:
@@ -70,7 +82,8 @@ class Denoising:
             extra: further arguments of the model, B rows each.
         """
         rows = [model_conds(self.patched.model, self.conditioning(text), x[:1]) for text in texts]
-        keep_loaded_for_training(self.patched)
+        self._make_room(x.shape)
+        keep_loaded_for_training(self.patched, self.loaded)
         together = batched_conds(rows)
         if together is not None:
             return evaluate(self.patched, x, sigma, together | extra)
@@ -79,6 +92,17 @@ class Denoising:
             own = batched_conds([row]) | {name: value[i:i + 1] for name, value in extra.items()}
             parts.append(evaluate(self.patched, x[i:i + 1], sigma[i:i + 1], own))
         return torch.cat(parts)
+
+    def _full_precision(self) -> autocast:
+        """What is computed once and kept must not depend on whether validation or a step of training asked for it first."""
+        return autocast(self.patched.load_device.type, enabled=False)
+
+    def _make_room(self, shape: torch.Size) -> None:
+        """Have the host give way to a step on latents of this shape: it knows nothing of gradients, and keeps text encoders where they are."""
+        size = BACKWARD_FACTOR * self.patched.model.memory_required(list(shape))
+        if size > self.room:
+            make_room(self.patched.load_device, size, self.patched)
+            self.room = size
 
     def loss(self, z0: Tensor, texts: Sequence[str], generators: Sequence[torch.Generator], extra: dict[str, Tensor],
              absolute: bool = False, weights: Tensor | None = None) -> Tensor:

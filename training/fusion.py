@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import autocast
 
 from ..model_patches.config_values import one_of, whole_number
 from ..model_patches.daff import PRESETS
@@ -111,5 +112,9 @@ class FusionTrainee(RestorationAdapterTrainee):
         return patched
 
     def _features(self, pictures: Tensor) -> Tensor:
-        found = frozen_features(self.models.vae, pictures) if self.encoder is None else self.encoder.features(pictures)
+        if self.encoder is None:
+            with autocast(self.models.model.load_device.type, enabled=False):  # as the VAE's features are in use
+                found = frozen_features(self.models.vae, pictures)
+        else:
+            found = self.encoder.features(pictures)
         return found.to(self.models.model.load_device)

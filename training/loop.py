@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.amp import autocast
 
-from ..model_patches.host import INTERRUPTED, interrupt_point, weights_fingerprint
+from ..model_patches.errors import telling
+from ..model_patches.host import INTERRUPTED, for_training, interrupt_point, weights_fingerprint
 from ..model_patches.host_checkpoints import checkpointed_blocks
 from ..model_patches.host_gradients import gradients
 from .checkpoint import Checkpoint, RunFolder
@@ -21,7 +22,7 @@ from .processes import ALONE, Processes
 from .seeding import Plan
 from .settings import Settings
 from .state import State, Validation
-from .trainee import Models, Trainee
+from .trainee import NODE, Models, Trainee
 from .validation import psnr, restore_each, sheet
 
 # Saving may take this part of the time at most, however large the weights are.
@@ -124,8 +125,12 @@ def train(trainee: Trainee, pairs: Pairs, models: Models, settings: Settings, ru
     pairs = pairs.with_charts(side) if side else pairs
     with gradients(), nullcontext() if run is None else run.alone():
         saved = processes.same(run.load() if run is not None else None)
-        if settings.checkpointing and models.model is not None:
-            models = replace(models, model=checkpointed_blocks(models.model))
+        if models.model is not None:
+            # Once for the whole run: training and validation work on the same weights.
+            with telling(f"{NODE}:"):
+                models = replace(models, model=for_training(models.model))
+            if settings.checkpointing:
+                models = replace(models, model=checkpointed_blocks(models.model))
         finished, page = _finished(saved, pairs, settings, run)
         if processes.same(finished):
             state = State(trainee, settings)
@@ -138,6 +143,7 @@ def train(trainee: Trainee, pairs: Pairs, models: Models, settings: Settings, ru
             try:
                 session.go()
             except INTERRUPTED:
+                session.take_back()
                 session.save()
                 raise
             return _result(session.state, settings, session.page)
@@ -185,6 +191,7 @@ class _Session:
         self.precision = autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
         self.at_step: Callable[[int], None] = getattr(trainee, "at_step", lambda step: None)
         self.statistics: Callable[[], Iterable[Tensor]] = getattr(trainee, "statistics", tuple)
+        self.statistics_before: list[Tensor] = []
         self.page: Tensor | None = None
         self.first_step, self.seconds_before, self.begun = self.state.step, self.state.seconds, time.monotonic()
         self.saved_at, self.saving_took = time.monotonic(), 0.0
@@ -201,6 +208,12 @@ class _Session:
                     self.save()
         self.save()
 
+    def take_back(self) -> None:
+        """Undo what a step that did not come to its end has measured."""
+        with torch.no_grad():
+            for statistic, before in zip(self.statistics(), self.statistics_before):
+                statistic.copy_(before)
+
     def save(self) -> None:
         """Write a checkpoint where there is a folder for it."""
         start = time.monotonic()
@@ -213,25 +226,25 @@ class _Session:
     def _step(self, feed: Feed) -> bool:
         """Take a step; returns whether to stop before the last one."""
         losses, figures = 0.0, {}
+        self.statistics_before = [statistic.clone() for statistic in self.statistics()]
         self.at_step(self.state.step)
         for _ in range(self.settings.accumulate):
             interrupt_point()
             batch, generators = feed.next()
             with self.precision:
                 loss, seen = self.trainee.loss(batch, generators)
-            (loss / self.settings.accumulate).backward()
+            self.state.backward(loss / self.settings.accumulate)
             losses += float(loss.detach())
             figures |= seen
         loss, stops = self._average(losses / self.settings.accumulate)
         self.state.update(loss)
+        self.statistics_before = []
         self.observer.stepped(self._progress(loss, figures))
         return stops > 0 and self.state.step < self.settings.steps
 
     def _average(self, loss: float) -> tuple[float, float]:
         """Average gradients, what the trainee measures as it learns, loss and the wish to stop over the processes."""
-        for p in self.state.parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+        self.state.unscale()
         shared = [*(p.grad for p in self.state.parameters), *self.statistics()]
         loss, stops = self.processes.average(shared, [loss, float(self.observer.stop())])
         return loss, stops

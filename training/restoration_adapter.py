@@ -84,18 +84,18 @@ class RestorationAdapterTrainee:
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, float]]:
         """Denoise the clean latent, told the caption; now and then the degraded one, told what is wrong with it, so that those words can be negated."""
         clean, degraded = self.denoising.encode(batch.clean), self.denoising.encode(batch.degraded)
-        encoding = torch.zeros((), device=clean.device)
+        condition, encoding = degraded, torch.zeros((), device=clean.device)
         if self.encoder is not None:
-            degraded = self._encode_robustly(batch.degraded)
-            encoding = (degraded - clean).square().mean()
-            degraded = degraded.detach()
+            condition = self._encode_robustly(batch.degraded)
+            encoding = (condition - clean).square().mean()
+            condition = condition.detach()
         texts, targets = [], []
         for index, generator in enumerate(generators):
             drop, lq = (torch.rand(2, generator=generator) < torch.tensor([TEXT_DROP, LQ_TARGET])).tolist()
             lq = lq and batch.words[index] != ""
             targets.append(degraded[index] if lq else clean[index])
             texts.append(batch.words[index] if lq else "" if drop else batch.captions[index])
-        loss = self.denoising.loss(torch.stack(targets), texts, generators, self._extra(batch.degraded, degraded))
+        loss = self.denoising.loss(torch.stack(targets), texts, generators, self._extra(batch.degraded, condition))
         return loss + encoding, {"denoising": float(loss.detach()), "encoding": float(encoding.detach())}
 
     @torch.no_grad()

@@ -20,6 +20,9 @@ from .trainee import Trainee
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
+# Losses are this many powers of two larger on their way back, less one for each step that was lost: in models that compute in fp16,
+# gradients of a mean over a whole picture would vanish. To other precisions it makes no difference.
+LOSS_EXPONENT = 14
 # Steps in a row whose gradient is not finite, after which going on is of no use.
 MOST_LOST_STEPS = 10
 
@@ -58,7 +61,21 @@ class State:
         self.average = _average(self.parameters, settings.ema)
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
+        self.lost = 0
         self.validations: list[Validation] = []
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those that the parameters have, at a scale that lasts until `unscale`."""
+        (loss * self._scale).backward()
+
+    def unscale(self) -> None:
+        """Bring gradients to their true size; parameters that had no part in the loss get zeros."""
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(self._scale)
+
+    @property
+    def _scale(self) -> float:
+        return 2.0 ** max(0, LOSS_EXPONENT - self.lost)
 
     def update(self, loss: float) -> None:
         """Take one step with the gradients that the parameters have; where they are not finite the weights stay what they are.
@@ -76,6 +93,7 @@ class State:
             if self.average is not None:
                 self.average.step(self.parameters)
         else:
+            self.lost += 1
             logging.warning("Mend: the gradient of step %d is not finite; the weights stay as they are", self.step + 1)
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -133,6 +151,7 @@ class State:
             self.average.shadow_params = [shadow[str(index)].to(p) for index, p in enumerate(self.parameters)]
         self.step, self.seconds = checkpoint.step, facts["seconds"]
         self.losses = tensors["losses"].tolist()
+        self.lost = sum(map(math.isnan, self.losses))
         self.validations = [Validation(*values) for values in facts["validations"]]
 
 

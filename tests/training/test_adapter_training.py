@@ -217,11 +217,11 @@ def test_the_file_holds_the_trainee_bit_for_bit(family, robust):
 def told(monkeypatch):
     """What the objective is given, with chances of our own."""
 
-    def with_chances(drop, lq_target, **given):
+    def with_chances(drop, lq_target, robust=False, **given):
         models_given, seen = models("sd15"), []
         monkeypatch.setattr(restoration_adapter, "TEXT_DROP", drop)
         monkeypatch.setattr(restoration_adapter, "LQ_TARGET", lq_target)
-        trainee = RestorationAdapterTrainee(trained("sd15"), models_given)
+        trainee = RestorationAdapterTrainee(started("sd15", models_given, robust), models_given)
         with gradients(), trainee.attach(models_given):
             loss = trainee.denoising.loss
             monkeypatch.setattr(trainee.denoising, "loss", lambda z0, texts, *rest: (seen.append((z0, texts)), loss(z0, texts, *rest))[1])
@@ -245,6 +245,11 @@ def test_captions_are_dropped(told):
 def test_degraded_pictures_are_targets_under_their_own_words(told):
     z0, texts, _, degraded = told(1.0, 1.0)
     assert texts == ["noisy", "noisy"] and torch.equal(z0, degraded)
+
+
+def test_a_degraded_target_is_not_what_the_robust_encoder_makes_of_it(told):
+    z0, _, clean, degraded = told(1.0, 1.0, robust=True)
+    assert torch.equal(z0, degraded) and not torch.equal(z0, clean)
 
 
 def test_without_words_they_are_no_targets(told):

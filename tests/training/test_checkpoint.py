@@ -66,6 +66,24 @@ def test_only_the_last_ones_stay(tmp_path, keep):
     assert RunFolder(tmp_path).steps() == [6, 5, 4][:keep]
 
 
+def test_one_that_cannot_be_deleted_ends_nothing(tmp_path, monkeypatch, caplog):
+    delete = type(tmp_path).unlink
+
+    def unlink(path, missing_ok=False):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "another program uses it", str(path))
+        delete(path, missing_ok)
+
+    folder = RunFolder(tmp_path, 1)
+    with monkeypatch.context() as held:
+        held.setattr(type(tmp_path), "unlink", unlink)
+        for step in (1, 2):
+            folder.save(some(step))
+    assert folder.steps() == [2, 1] and "checkpoint_000000001.safetensors cannot be deleted" in caplog.text
+    folder.save(some(3))
+    assert folder.steps() == [3]
+
+
 @pytest.mark.parametrize("damage", ["cut", "emptied", "other", "gone"])
 def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
     whole = run(tmp_path / "whole")

@@ -1,19 +1,24 @@
 """The objectives are those the models were trained with: eps, v and velocity, at the noise levels of each family."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import comfy.model_sampling
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete
 from mend.model_patches import host
+from mend.model_patches.diffusion_adapter import DiffusionAdapter
 from mend.model_patches.host import for_training, output_slope
 from mend.model_patches.host_gradients import gradients, unshared_norm_inputs
 from mend.tests.model_patches.adapters import FLOWS
 from mend.tests.tiny_models import FAMILIES, latent_shape, model
 from mend.tests.training.tiny_training import Words, generators
 from mend.training.denoising import Denoising
+from mend.training.settings import Settings
+from mend.training.state import State
 from mend.training.trainee import Models
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -58,9 +63,61 @@ def test_a_model_that_was_moved_away_comes_back(monkeypatch):
     arguments = (latents("sd15"), torch.tensor([0.5]), [""], {})
     made.x0(*arguments)
     assert not loaded
-    monkeypatch.setattr(made.patched.model, "device", torch.device("meta"))
-    made.x0(*arguments)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(made.patched.model, "device", torch.device("meta"))
+        made.x0(*arguments)
     assert loaded == [made.patched]
+    monkeypatch.setattr(made.patched.model, "model_loaded_weight_memory", made.loaded - 1)
+    made.x0(*arguments)
+    assert loaded == [made.patched] * 2, "in part is not enough"
+
+
+def test_the_host_makes_room_once_for_each_larger_step(monkeypatch):
+    made, asked = denoising("sd15"), []
+    monkeypatch.setattr("mend.training.denoising.make_room", lambda device, size, but: asked.append((size, but)))
+    for count in (1, 1, 2, 1):
+        made.x0(latents("sd15", count), torch.full((count,), 0.5), [""] * count, {})
+    assert [but for _, but in asked] == [made.patched] * 2 and asked[1][0] > asked[0][0] > 0
+
+
+@every_family
+def test_gradients_pass_attention_that_has_none(family):
+    """As SageAttention has none, whether it was chosen for the host or by a node."""
+    def gradient(given):
+        x = latents(family).requires_grad_(True)
+        with gradients():
+            made = Denoising(Models(given, Words(family), None), for_training(given))
+            with made.learning(None):
+                return torch.autograd.grad(made.x0(x, torch.tensor([0.5]), [""], {}).square().mean(), x)[0]
+
+    def attention_without(q, k, v, heads, **kwargs):
+        return attention_pytorch(q.detach(), k.detach(), v.detach(), heads, **kwargs)
+
+    given = model(family)
+    given.model_options["transformer_options"]["optimized_attention_override"] = lambda chosen, *args, **kwargs: attention_without(*args, **kwargs)
+    # Implementations differ by roundings of sums of a few dozen numbers.
+    torch.testing.assert_close(gradient(given), gradient(model(family)), rtol=1e-3, atol=1e-8)
+
+
+def test_small_losses_of_a_model_in_half_precision_have_gradients():
+    """A mean over a whole picture gives each value a gradient that fp16 cannot hold; here a small picture's loss is made as small."""
+    def learned(dtype):
+        given = model("sd15", dtype=dtype)
+        with gradients():
+            made = Denoising(Models(given, Words("sd15"), None), for_training(given))
+            lora = DiffusionAdapter(given.model, 4)
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for p in lora.parameters():
+                    p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+            state = State(SimpleNamespace(kind="lora", parameters=lora.parameters), Settings(steps=1))
+            with made.learning(None, lora):
+                state.backward(2.0**-14 * made.loss(latents("sd15"), [""], generators(1), {}))
+            state.unscale()
+            return torch.cat([p.grad.flatten() for p in state.parameters])
+
+    half, full = learned(torch.float16), learned(torch.float32)
+    assert (half - full).norm() < 0.05 * full.norm()
 
 
 @every_kind

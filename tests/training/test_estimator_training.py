@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import comfy.memory_management
 from mend.degradations.scales import Scale, recipe_of
 from mend.degradations.visual_ground import visual_ground
 from mend.model_patches.degradation_estimator import findings
@@ -43,6 +44,12 @@ def test_the_bank_is_what_the_tokenizer_says(monkeypatch):
     damaged = recipe_of({"gaussian noise": 2.0}, OBVIOUS).apply(chart, mixed(3, "gaussian noise", 2))[0]
     assert torch.equal(made.tensors["bank"][3], difference(given, damaged, chart)[0].half())
     assert same(made.tensors, estimator(monkeypatch, seed=3).tensors)
+
+
+def test_it_has_all_its_weights_where_the_host_loads_on_demand(monkeypatch):
+    names = estimator(monkeypatch).tensors.keys()
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    assert estimator(monkeypatch).tensors.keys() == names
 
 
 def test_it_finds_the_obvious(monkeypatch):

@@ -1,13 +1,17 @@
 """The training loop: it learns, the same every time, whatever its work is split into and whoever interrupts it."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import comfy.model_management
-from mend.model_patches.host import INTERRUPTED
-from mend.tests.training.dummies import DummyPairs, Watcher, same, trainee
+import comfy.model_patcher
+from mend.model_patches.host import INTERRUPTED, for_training
+from mend.tests.tiny_models import model
+from mend.tests.training.dummies import DummyPairs, DummyTrainee, Watcher, same, trainee, weights
+from mend.training import state
 from mend.training.checkpoint import TrainingError, open_run
 from mend.training.loop import describe_run, train
 from mend.training.seeding import Plan, generator, mixed
@@ -228,6 +232,87 @@ def test_a_step_without_a_finite_gradient_is_lost_and_no_more():
 def test_ten_of_them_in_a_row_end_the_run():
     with pytest.raises(TrainingError, match="up to step 11 were not finite. Use a smaller learning rate"):
         run(pairs=Broken(set(range(2, 30))), steps=20)
+
+
+def test_the_size_of_losses_on_their_way_back_changes_nothing(monkeypatch):
+    scaled = run()
+    monkeypatch.setattr(state, "LOSS_EXPONENT", 0)
+    assert same(run().tensors, scaled.tensors)
+
+
+def test_every_lost_step_halves_it_and_the_rest_of_the_run_keeps_that(tmp_path):
+    def scales(watcher, folder):
+        found, backward = [], state.State.backward
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(state.State, "backward", lambda own, loss: (found.append(own._scale), backward(own, loss))[1])
+            run(watcher, Broken({3}), folder, steps=8)
+        return found
+
+    assert scales(Watcher(stop_after=5), tmp_path) == [2.0**14] * 3 + [2.0**13] * 2
+    assert scales(Watcher(), tmp_path)[0] == 2.0**13
+
+
+class Measuring(DummyTrainee):
+    """Counts what it sees, as routers follow the pictures that they learn from."""
+
+    seen = torch.zeros(())
+    after = None
+
+    def statistics(self):
+        yield self.seen
+
+    def loss(self, batch, generators):
+        self.seen += 1
+        if self.after is not None:
+            self.after(int(self.seen))
+        return super().loss(batch, generators)
+
+    def state_dict(self):
+        return {**super().state_dict(), "seen": self.seen.clone()}
+
+    def load_state_dict(self, tensors):
+        self.seen = tensors.get("seen", torch.zeros(())).clone()
+        super().load_state_dict({name: tensor for name, tensor in tensors.items() if name != "seen"})
+
+
+def test_what_was_measured_in_a_step_that_is_cancelled_is_taken_back(tmp_path):
+    learner = Measuring(weights())
+    learner.after = lambda seen: comfy.model_management.interrupt_current_processing() if seen == 5 else None
+    with pytest.raises(INTERRUPTED):
+        run(folder=tmp_path, learner=learner, accumulate=2)
+    resumed = run(folder=tmp_path, learner=Measuring(weights()), accumulate=2)
+    assert same(resumed.tensors, run(learner=Measuring(weights()), accumulate=2).tensors) and resumed.tensors["seen"] == 24
+
+
+class Fed(comfy.model_patcher.ModelPatcher):
+    """A model that the host feeds on demand, and would load anew to hold it still."""
+
+    def is_dynamic(self):
+        return True
+
+
+def test_training_and_validation_share_one_copy_of_a_model_fed_on_demand():
+    made, used = [], []
+
+    class Using(DummyTrainee):
+        @contextmanager
+        def attach(self, models):
+            used.extend(for_training(models.model) for _ in range(2))
+            with super().attach(models):
+                yield
+
+    def load(disable_dynamic):
+        assert disable_dynamic
+        made.append(model("sd15"))
+        return made[-1]
+
+    fed = Fed(model("sd15").model, torch.device("cpu"), torch.device("cpu"))
+    settings = Settings(**BASE)
+    with pytest.raises(ValueError, match="Train: 'model' was not loaded by one of ComfyUI's own loaders"):
+        train(Using(weights()), DummyPairs(), Models(fed), settings, None, Watcher())
+    fed.cached_patcher_init = (load, ())
+    train(Using(weights()), DummyPairs(), Models(fed), settings, None, Watcher())
+    assert len(made) == 1 and all(patcher.model is made[0].model and not patcher.is_dynamic() for patcher in used)
 
 
 def test_an_error_in_the_data_is_told():

@@ -66,7 +66,7 @@ def degrade(pictures: Tensor, kind: str, seed: int = 0, mask: Tensor | None = No
     """
     if kind not in OPERATORS:
         raise ValueError(f"unknown degradation {kind!r}; choose one of {', '.join(OPERATORS)}")
-    operator = OPERATORS[kind]
+    operator, pictures = OPERATORS[kind], pictures.clamp(0, 1)  # enlarged pictures can lie beyond
     drawn = [generators(seed, len(pictures))] if operator.seeded else []
     degraded = operator.apply(pictures.float(), *drawn, **settings).clamp(0, 1).to(pictures.dtype)
     if mask is not None:

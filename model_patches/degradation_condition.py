@@ -54,7 +54,7 @@ class DegradationCondition(LatentCondition):
             patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, self.key, self._calc_cond_batch)
 
     def _outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not getattr(noise, "is_nested", False):
+        if noise.ndim in (4, 5):
             self.picture.latent(executor.class_obj.model_patcher.model, noise.shape)
         return executor(noise, *args, **kwargs)
 
@@ -74,7 +74,8 @@ class DegradationCondition(LatentCondition):
         Raises:
             ValueError: when the picture does not fit the latents.
         """
-        if getattr(noise, "is_nested", False) or (noise.ndim == 5 and noise.shape[2] > 1):
+        # The host lays what is sampled together with others into one row.
+        if noise.ndim not in (4, 5) or (noise.ndim == 5 and noise.shape[2] > 1):
             raise ValueError(f"{self.node}: videos and things sampled together with others are not supported. Restore picture by picture.")
         c_lq = self.picture.latent(model, noise.shape)
         pixels = self.picture.each(self.picture.pixels(tuple(noise.shape[-2:])), len(noise))

@@ -132,10 +132,10 @@ def _kaiming(layer: nn.Module, generator: torch.Generator) -> None:
 
 
 def _fit_knots(curve: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
-    """Least squares: curve(x) = sum_k slope_k * leaky(x - knot_k) + offset on 0..1."""
-    x = torch.linspace(0, 1, len(curve)).to(curve).double()
-    units = F.leaky_relu(x[:, None] - knots.double(), 0.01)
+    """Least squares: curve(x) = sum_k slope_k * leaky(x - knot_k) + offset on 0..1; on the CPU, since some devices have no float64."""
+    x = torch.linspace(0, 1, len(curve)).to(curve.dtype).double()
+    units = F.leaky_relu(x[:, None] - knots.cpu().double(), 0.01)
     design = torch.cat([units, torch.ones_like(units[:, :1])], 1)
-    ridge = 1e-8 * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
-    solution = torch.linalg.solve(design.T @ design + ridge, design.T @ curve.double())
+    ridge = 1e-8 * torch.eye(design.shape[1], dtype=design.dtype)
+    solution = torch.linalg.solve(design.T @ design + ridge, design.T @ curve.cpu().double())
     return solution[:-1].to(curve), solution[-1].to(curve)

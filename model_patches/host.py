@@ -3,7 +3,7 @@ rest; nothing else may.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +76,7 @@ def load_with(patcher: "ModelPatcher", key: str, models: list["ModelPatcher"]) -
     patcher.set_additional_models(key, [*patcher.get_additional_models_with_key(key), *models])
 
 
-def reserve(model: Any, noise_shape: list[int], extra_bytes: float) -> list[int]:
+def reserve(model: "BaseModel", noise_shape: list[int], extra_bytes: float) -> list[int]:
     """Return a noise shape whose memory estimate covers `extra_bytes` more than the given one's."""
     one = max(1.0, float(model.memory_required([1, *noise_shape[1:]])))
     return [noise_shape[0] + int(extra_bytes / one + 1), *noise_shape[1:]]
@@ -142,9 +142,13 @@ def keep_loaded_for_training(patcher: "ModelPatcher", size: int) -> None:
         loaded_for_training(patcher)
 
 
-def keep_loaded(guider: Any) -> None:
-    """Bring back what a guider samples with where something else, such as a VAE, has needed the room."""
-    comfy.model_management.load_models_gpu([guider.model_patcher, *getattr(guider, "loaded_models", ())])
+def keep_loaded(guider: Any, noise_shape: Sequence[int]) -> None:
+    """Bring back what a guider samples with where something else, such as a VAE, has needed the room; what evaluations need is left free."""
+    models = [guider.model_patcher, *getattr(guider, "loaded_models", ())]
+    if getattr(guider, "uncond_inner", None) is not None:  # a second model for the negative prompt
+        models += [guider.uncond_model_patcher, *guider.uncond_loaded]
+    size = guider.model_patcher.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
+    comfy.model_management.load_models_gpu(models, memory_required=size)
 
 
 def for_training(patcher: "ModelPatcher") -> "ModelPatcher":

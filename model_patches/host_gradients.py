@@ -56,7 +56,11 @@ def casting_layers(module: nn.Module, device: torch.device | None = None) -> lis
     layers = [part for part in module.modules() if isinstance(part, comfy.ops.CastWeightBiasOp)]
     if device is None:
         return layers
-    return [layer for layer in layers if _on_demand(layer) or any(p.device != device for p in layer.parameters(recurse=False))]
+    return [layer for layer in layers if _on_demand(layer) or any(_elsewhere(p, device) for p in layer.parameters(recurse=False))]
+
+
+def _elsewhere(p: Tensor, device: torch.device) -> bool:
+    return p.device.type != device.type or (p.device.index or 0) != (device.index or 0)
 
 
 def _on_demand(part: nn.Module) -> bool:

@@ -121,7 +121,7 @@ class _LearnedPromptPatch:
         dtype = model.model.get_dtype_inference()
         need = sum(kept_bytes(self.anatomy.kind, len(self.paths), terms, dtype) for terms, _ in self.passes)
         if need >= WORTH_RESERVING:
-            noise_shape = reserve(model, list(noise_shape), need)
+            noise_shape = reserve(model.model, list(noise_shape), need)
         return executor(model, noise_shape, *args, **kwargs)
 
     def sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, *args: Any, **kwargs: Any) -> Tensor:

@@ -42,7 +42,7 @@ class LatentCondition:
 
     def encoded(self, noise: Tensor) -> Tensor:
         """Return what there is for the frames of a run."""
-        if self.again is None or getattr(noise, "is_nested", False) or noise.ndim != 5 or noise.shape[2] == self.c_lq.shape[2]:
+        if self.again is None or noise.ndim != 5 or noise.shape[2] == self.c_lq.shape[2]:
             return self.c_lq
         return self.again(noise.shape[2])
 
@@ -52,7 +52,7 @@ class LatentCondition:
         Raises:
             ValueError: when picture or mask do not fit the latent; the message names the input and both sizes.
         """
-        if getattr(noise, "is_nested", False) or noise.ndim != self.c_lq.ndim or not self.goes_with(noise):
+        if noise.ndim != self.c_lq.ndim or not self.goes_with(noise):
             raise ValueError(f"{self.node}: the {self.WHAT} is {_size(self.c_lq)} and the one that is sampled {_size(noise)}. "
                              "Use the VAE of this model.")
         c_lq, batch, sides = self.encoded(noise), noise.shape[0], noise.shape[2:]

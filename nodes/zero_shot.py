@@ -354,7 +354,7 @@ class RecurrentRenoising(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "gamma", default=0.3, min=0.01, max=0.99, step=0.01,
-                    tooltip="How far each pass goes back, as a fraction of the model's time: low keeps more, high changes more. The paper "
+                    tooltip="How far each pass goes back, as a fraction of the schedule: low keeps more, high changes more. The paper "
                     "uses 0.5.",
                 ),
                 io.Vae.Input(

@@ -147,7 +147,7 @@ def sample_bridge(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None
     """
     given = dict(extra_args or {})
     base, mask = model.inner_model.inner_model, given.pop("denoise_mask", None)
-    steps = [float(sigma) for sigma in sigmas.double()]
+    steps = sigmas.tolist()
     if steps[0] == 0:
         return x
     sampling = base.model_sampling

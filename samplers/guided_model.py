@@ -64,6 +64,7 @@ class GuidedModel:
     def _outer_sample(self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, denoise_mask: Tensor | None = None,
                       callback: Callable | None = None, disable_pbar: bool = False, seed: int | None = None, **kwargs: Any) -> Tensor:
         """Open a run: companions join the batch, PREDICT_NOISE is guided, and all of it is gone when sampling ends."""
+        _check_latent(noise)
         batch = noise.shape[0]
         guider = executor.class_obj
         predict = _Predictor(self, noise, sigmas, seed or 0)
@@ -87,7 +88,7 @@ class GuidedModel:
         tile = [min(side, self.settings.tile + 2 * HALO) if side > self.settings.tile else side for side in noise_shape[-2:]]
         decoder = PixelDecoder(self.vae, model.model)
         need = decoder.memory((1, *noise_shape[1:-2], *tile))
-        return executor(model, reserve(model, list(noise_shape), need), conds, *args, **kwargs)
+        return executor(model, reserve(model.model, list(noise_shape), need), conds, *args, **kwargs)
 
     def start(self, guider: Any, x: Tensor, sigmas: Tensor, seed: int, noise: Tensor) -> PosteriorRun:
         """Make the state of a run, once the models are loaded.
@@ -97,8 +98,6 @@ class GuidedModel:
         """
         base = guider.inner_model
         decoder, encoder = PixelDecoder(self.vae, base), LatentEncoder(self.vae, base)
-        if x.ndim == 5 and x.shape[2] != 1:
-            raise ValueError(f"{NODE}: the latent is a video of {x.shape[2]} latent frames; restore frames as a batch of pictures instead")
         y = fitted_pictures(self.degraded, noise.shape[0], (x.shape[-2], x.shape[-1]), decoder.cell)
         mask = None if self.mask is None else fitted_mask(self.mask, self.degraded.shape[1:3], y.shape[-2:], noise.shape[0])
         with torch.inference_mode(False):
@@ -155,6 +154,14 @@ class _Predictor:
             size = g.abs().max().clamp(min=torch.finfo(g.dtype).tiny)
             direction = -scale * size * torch.autograd.grad(x0, leaf, g / size)[0]
         return x0.detach(), g, direction
+
+
+def _check_latent(noise: Tensor) -> None:
+    """Raise ValueError for what are not latents of pictures; the host lays pictures and sound that are sampled together into one row."""
+    if noise.ndim not in (4, 5):
+        raise ValueError(f"{NODE}: the latent holds pictures and sound together; only pictures can be restored")
+    if noise.ndim == 5 and noise.shape[2] != 1:
+        raise ValueError(f"{NODE}: the latent is a video of {noise.shape[2]} latent frames; restore frames as a batch of pictures instead")
 
 
 def fitted_pictures(degraded: Tensor, batch: int, latent_size: tuple[int, int], cell: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Recurrent refinement (LD-RPS, section 3.4): noise the result to gamma T and sample again, a round at a time."""
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from .posterior_guidance import row_seed
 if TYPE_CHECKING:
     from comfy.sd import VAE
 
+log = logging.getLogger(__name__)
+
 
 class RecurrentSampler(comfy.samplers.Sampler):
     """A sampler that runs another one, then `rounds` more times from a lower noise level.
@@ -21,7 +24,7 @@ class RecurrentSampler(comfy.samplers.Sampler):
     Args:
         inner: any host sampler.
         rounds: extra passes; 0 is the inner sampler alone.
-        gamma: model time (fraction of the schedule) that each extra pass starts from.
+        gamma: fraction of the schedule, as the host's percent counts it from the end, that each extra pass goes back.
         vae: when given, every round decodes and re-encodes its start, as the paper words it; otherwise the latent itself is re-noised, as
             the reference code does.
     """
@@ -40,6 +43,11 @@ class RecurrentSampler(comfy.samplers.Sampler):
         if self.vae is not None:
             self._check_vae(base.latent_format.latent_channels)
         later = round_sigmas(sigmas, float(base.model_sampling.percent_to_sigma(1 - self.gamma)))
+        if self.rounds and len(later) > 1 and float(sigmas[-1]) > 0:
+            # What comes out is still noisy, and would be noised again as if it were clean.
+            log.warning("Recurrent Re-noising: the sigmas end at %.3f, above 0, so that there are no extra passes. Give it the end of the schedule.",
+                        float(sigmas[-1]))
+            later = sigmas[-1:]
         total = len(sigmas) - 1 + self.rounds * (len(later) - 1)
         x = self.inner.sample(model_wrap, sigmas, extra_args, counting(callback, 0, total), noise, latent_image, denoise_mask, disable_pbar)
         for index in range(self.rounds if len(later) > 1 else 0):
@@ -47,7 +55,7 @@ class RecurrentSampler(comfy.samplers.Sampler):
             done = len(sigmas) - 1 + index * (len(later) - 1)
             start = x if self.vae is None else self._reencode(base, x, denoise_mask)
             if self.vae is not None:
-                keep_loaded(model_wrap)
+                keep_loaded(model_wrap, x.shape)
             fresh = round_noise(noise, extra_args.get("seed") or 0, index)
             args, shown = of_round(extra_args, later, index), counting(callback, done, total)
             x = self.inner.sample(model_wrap, later, args, shown, fresh, start, denoise_mask, disable_pbar)

@@ -33,6 +33,15 @@ def pictures(batch=2, height=64, width=48, seed=0):
     return torch.rand(batch, height, width, 3, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_that_lie_beyond_black_and_white_are_taken_for_those(kind):
+    """As an enlarged picture overshoots at its edges."""
+    beyond = pictures() * 1.4 - 0.2
+    found, words = degrade(beyond, kind, 0)
+    expected, same_words = degrade(beyond.clamp(0, 1), kind, 0)
+    assert torch.equal(found, expected) and words == same_words
+
+
 def photograph(side=96):
     """Smooth enough for a codec: waves of three lengths in three colours."""
     line = torch.linspace(0, 6.28, side)

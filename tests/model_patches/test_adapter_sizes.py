@@ -8,7 +8,6 @@ import comfy.context_windows
 import comfy.controlnet
 import comfy.model_management
 import comfy.ops
-from comfy.nested_tensor import NestedTensor
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from mend.model_patches.host import evaluate, model_conds
 from mend.model_patches.lq_condition import LatentCondition
@@ -93,9 +92,8 @@ def test_latents_of_another_kind_are_refused(family, other):
 
 def test_latents_of_several_parts_are_refused():
     condition = LatentCondition("test", lq("sd15"), None, NODE)
-    with pytest.raises(ValueError, match=f"{NODE}: the degraded latent is 1x4x8x8 and the one that is sampled .* Use the VAE of this model"):
-        condition.fitted(NestedTensor([lq("sd15"), torch.zeros(1, 2, 3)]))
-    with pytest.raises(ValueError, match="the one that is sampled 1x1x262. Use the VAE of this model"):
+    message = f"{NODE}: the degraded latent is 1x4x8x8 and the one that is sampled 1x1x262. Use the VAE of this model"
+    with pytest.raises(ValueError, match=message):
         condition.fitted(torch.zeros(1, 1, 262))  # as the host packs them while it samples
 
 

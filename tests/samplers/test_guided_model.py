@@ -198,6 +198,14 @@ def test_wan_frames_are_guided_through_their_own_vae():
     assert torch.isfinite(guided_frame).all() and guided_frame.shape == free.shape and not torch.equal(guided_frame, free)
 
 
+@pytest.mark.parametrize(("shape", "message"), [((1, 1, 900), "pictures and sound together"), ((1, 4, 3, 8, 8), "a video of 3 latent frames")])
+def test_what_are_no_pictures_is_refused_before_anything_is_loaded(shape, message):
+    """The host lays latents that are sampled together into one row before any wrapper sees them."""
+    given = GuidedModel(Posterior(**EARLY), ALIGNMENT, QUALITY, vae_of("sd15"), pictures(), None, None)
+    with pytest.raises(ValueError, match=f"Apply Posterior Guidance: the latent .*{message}"):
+        given._outer_sample(None, torch.zeros(shape), torch.zeros(shape), None, torch.ones(2))
+
+
 def test_the_callback_sees_no_companions():
     seen = []
     sample(guided("sd3", companion=True), "sd3", batch=2, callback=lambda step, x0, x, total: seen.append((step, x0.shape[0], x.shape[0], total)))

@@ -128,6 +128,13 @@ def test_a_round_starts_from_gamma(kind, gamma):
         assert float(x.mean()) == pytest.approx(share * passes.value, abs=5 * deviation / x.numel() ** 0.5)
 
 
+def test_a_schedule_that_ends_in_noise_has_no_rounds(caplog):
+    passes = Passes()
+    refined(inner=passes.sampler, sigmas=torch.tensor([5.0, 1.0, 0.2]))
+    assert len(passes.sigmas) == 1 and float(passes.sigmas[0][-1]) == pytest.approx(0.2)
+    assert "the sigmas end at 0.200, above 0, so that there are no extra passes" in caplog.text
+
+
 def test_every_round_has_noise_of_its_own():
     passes = Passes(value=0.0)
     refined(inner=passes.sampler, rounds=3, side=32)

@@ -73,15 +73,17 @@ def guided(kind, alignment=ALIGNMENT, quality=QUALITY, base=None, degraded=None,
     return given.attach(base or model(kind))
 
 
-def sample(patcher, kind, *, steps=3, sampler="euler", seed=1, batch=1, side=SIDE, latent=None, mask=None, callback=None, batch_index=None):
-    """Sample a patcher the way SamplerCustom does."""
+def sample(patcher, kind, *, steps=3, sampler="euler", seed=1, batch=1, side=SIDE, latent=None, mask=None, callback=None, batch_index=None,
+           sigmas=None):
+    """Sample a patcher the way SamplerCustom does; `steps` of the schedule unless sigmas are given."""
     with torch.inference_mode():
         shape = tiny_models.latent_shape(family(kind), batch, side, side)
         latent = torch.zeros(shape) if latent is None else latent
         guider = comfy.samplers.CFGGuider(patcher)
         guider.set_conds(tiny_models.conditioning(family(kind), 1), tiny_models.conditioning(family(kind), 2))
         guider.set_cfg(2.0)
-        sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", steps)
+        if sigmas is None:
+            sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", steps)
         noise = comfy.sample.prepare_noise(latent, seed, batch_index)
         sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
         return guider.sample(noise, latent, sampler, sigmas, denoise_mask=mask, callback=callback, disable_pbar=True, seed=seed)

@@ -125,7 +125,7 @@ class FusionLab(Lab):
         return trainee
 
 
-def sampled(lab: FusionLab, trainee: RestorationAdapterTrainee, picture: Tensor, seed: int) -> Tensor:
+def sampled(trainee: RestorationAdapterTrainee, picture: Tensor, seed: int) -> Tensor:
     """Return the raw latent (1, C, h, w) that an attached trainee makes of a damaged picture (1, H, W, 3), from pure noise and without a prompt."""
     noise = torch.randn(1, 16, picture.shape[1] // 8, picture.shape[2] // 8, generator=seeded(seed))
     empty = trainee.denoising.conditioning("")
@@ -133,9 +133,9 @@ def sampled(lab: FusionLab, trainee: RestorationAdapterTrainee, picture: Tensor,
                                disable_pbar=True, seed=seed)  # fmt: skip
 
 
-def restored(lab: FusionLab, trainee: RestorationAdapterTrainee, picture: Tensor, seed: int) -> Tensor:
+def restored(trainee: RestorationAdapterTrainee, picture: Tensor, seed: int) -> Tensor:
     """The same, decoded plainly to (1, H, W, 3)."""
-    return lab.models.vae.decode(sampled(lab, trainee, picture, seed)).reshape(picture.shape).clamp(0, 1)
+    return trainee.models.vae.decode(sampled(trainee, picture, seed)).reshape(picture.shape).clamp(0, 1)
 
 
 def measures(image: Tensor, clean: Tensor) -> dict[str, float]:
@@ -184,7 +184,7 @@ def rows(lab: FusionLab, results: report.Results, scenes: Sequence[str] = tuple(
         count = sum(p.numel() for p in trainee.parameters())
         with attached(lab, trainee):
             for task in tasks:
-                row = _row(results, lab, method, task, scenes, seeds, run, lambda picture, seed: restored(lab, trainee, picture, seed), count)
+                row = _row(results, lab, method, task, scenes, seeds, run, lambda picture, seed: restored(trainee, picture, seed), count)
                 found.append(row)
     return found
 

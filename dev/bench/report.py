@@ -42,8 +42,7 @@ class Results:
     def __init__(self, file: Path, measure: bool = True) -> None:
         self.file, self.measure = file, measure
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = file.read_text().splitlines() if file.exists() else []
-        self.rows = {row["key"]: row for row in map(json.loads, lines)}
+        self.rows = {row["key"]: row for row in map(json.loads, _whole_lines(file))}
 
     @contextmanager
     def only_known(self) -> Iterator[None]:
@@ -64,6 +63,15 @@ class Results:
                 stream.write(json.dumps(self.rows[key]) + "\n")
             say(f"  {key}: {self.rows[key]['psnr']:.2f} dB, {self.rows[key].get('seconds', 0):.1f} s")
         return self.rows[key]
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """Lines of a file of rows; a last one that a killed run left torn is cut off, so that the next row starts a line of its own."""
+    text = file.read_text() if file.exists() else ""
+    whole, end, torn = text.rpartition("\n")
+    if torn:
+        file.write_text(whole + end)
+    return whole.splitlines()
 
 
 def results_file(bench: str) -> Path:

@@ -53,7 +53,7 @@ def rows_after_fusion(options: argparse.Namespace, results: report.Results, trai
 
     def rows(restorer: Any = None) -> list[dict[str, Any]]:
         def sampled(picture: Any, seed: int) -> Any:
-            return fusion.sampled(lab, restorer, picture, seed)
+            return fusion.sampled(restorer, picture, seed)
 
         return detail_experts.rows(results, models, trainee, f"{fusion.DAFF}, {lab.kind}", dict.fromkeys(fusion.TASKS, sampled), options.scenes, options.seeds,
                                    f"{run.name} {lab.steps} {fusion.BUDGET}")

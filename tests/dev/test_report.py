@@ -32,6 +32,17 @@ def test_kept_rows_are_known_on_another_machine(places):
         measured(measure=False).get("b", dict)
 
 
+def test_a_row_that_a_killed_run_left_torn_is_measured_again(places):
+    results = measured()
+    for key in "ab":
+        results.get(key, lambda: {"psnr": 20.0})
+    results.file.write_text(results.file.read_text()[:-5])
+    again = measured()
+    assert list(again.rows) == ["a"]
+    again.get("b", lambda: {"psnr": 21.0})
+    assert measured(measure=False).get("b", dict)["psnr"] == 21.0
+
+
 def test_rows_of_earlier_code_and_no_others_make_room(places):
     results = measured()
     results.get("a", lambda: {"psnr": 20.0})

@@ -123,7 +123,7 @@ def command_bench(options: argparse.Namespace, arguments: list[str]) -> int:
     folder = Path(__file__).with_name("bench")
     names = sorted(file.stem for file in folder.glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8"))
     if options.name not in names:
-        raise DevError(f"no measurement {options.name}; there are {', '.join(names) or 'none yet'}")
+        raise DevError(f"no measurement {options.name}; there are {', '.join(names)}")
     return run_module(ensure_environment(options.host), f"mend.dev.bench.{options.name}", arguments)
 
 

@@ -100,7 +100,7 @@ def train_autoencoder(cache: Path, device: torch.device, steps: int, count: int,
         averaged.load_state_dict({**model.state_dict(), **average.shadow})
         with torch.no_grad():
             error = (averaged.taesd_decoder(averaged.taesd_encoder(held_out)).clamp(0, 1) - held_out).square().flatten(1).mean(1)
-        log("vae held-out PSNR " + " ".join(f"{v:.2f}" for v in (-10 * error.log10()).tolist()) + "")
+        log("vae held-out PSNR " + " ".join(f"{v:.2f}" for v in (-10 * error.log10()).tolist()))
         averaged.vae_scale.fill_(LATENT_SCALE)
         averaged.vae_shift.fill_(LATENT_SHIFT)
         save_weights(weights_file("vae"), averaged.state_dict(),

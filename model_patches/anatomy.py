@@ -1,6 +1,7 @@
 """How the host's denoisers are built: their family, and the places after their blocks to hook into. Part of what host.py stands for."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -77,43 +78,37 @@ def anatomy_of(model: "BaseModel") -> Anatomy:
 
 
 def _unet(unet: nn.Module, latent_channels: int) -> Anatomy:
-    sites, scale, channels, level = [], 1, unet.model_channels, 0
-    last = len(unet.input_blocks) - 1
-    for index, block in enumerate(unet.input_blocks):
-        channels, step = _through(block, channels)
-        scale *= step
-        if step > 1 or index == last:
-            sites.append(Site(f"down{level}", "input", index, channels, scale))
-            level += 1
-    channels, _ = _through(unet.middle_block, channels)
-    sites.append(Site("middle", "output", 0, channels, scale))
-    level = 0
-    for index, block in enumerate(unet.output_blocks[:-1]):
-        channels, up = _through(block, channels, upward=True)
-        if up > 1:
-            scale //= up
-            sites.append(Site(f"up{level}", "output", index + 1, channels, scale))
-            level += 1
-    return Anatomy(_unet_family(unet, latent_channels), "unet", latent_channels, 4 * unet.model_channels, tuple(sites))
+    places, last = tuple(_unet_places(unet)), len(unet.input_blocks) - 1
+    down = [place for place, changes in places if place.kind == "input" and (changes or place.index == last)]
+    middle = [place for place, _ in places if place.name == "middle"]
+    up = [place for place, changes in places if place.kind == "output" and changes]
+    sites = (*_levels("down", down), *middle, *_levels("up", up))
+    return Anatomy(_unet_family(unet, latent_channels), "unet", latent_channels, 4 * unet.model_channels, sites)
+
+
+def _levels(name: str, places: list[Site]) -> list[Site]:
+    return [replace(place, name=f"{name}{level}") for level, place in enumerate(places)]
 
 
 def every_block(model: "BaseModel") -> tuple[Site, ...]:
-    """Return the places after all blocks of a denoiser, not those between a UNet's levels only; as ever, its last block has none."""
-    anatomy, unet = anatomy_of(model), model.diffusion_model
-    if anatomy.kind != "unet":
-        return anatomy.sites
-    sites, scale, channels = [], 1, unet.model_channels
+    """Return the place after every block of a denoiser, not only those between a UNet's levels; a UNet's last block has none."""
+    anatomy = anatomy_of(model)
+    return tuple(place for place, _ in _unet_places(model.diffusion_model)) if anatomy.kind == "unet" else anatomy.sites
+
+
+def _unet_places(unet: nn.Module) -> Iterator[tuple[Site, bool]]:
+    """Walk the places after a UNet's blocks, but the last; with each, whether its block changes the resolution."""
+    scale, channels = 1, unet.model_channels
     for index, block in enumerate(unet.input_blocks):
         channels, step = _through(block, channels)
         scale *= step
-        sites.append(Site(f"input{index}", "input", index, channels, scale))
+        yield Site(f"input{index}", "input", index, channels, scale), step > 1
     channels, _ = _through(unet.middle_block, channels)
-    sites.append(Site("middle", "output", 0, channels, scale))
+    yield Site("middle", "output", 0, channels, scale), False
     for index, block in enumerate(unet.output_blocks[:-1]):
-        channels, up = _through(block, channels, upward=True)
-        scale //= up
-        sites.append(Site(f"output{index}", "output", index + 1, channels, scale))
-    return tuple(sites)
+        channels, step = _through(block, channels, upward=True)
+        scale //= step
+        yield Site(f"output{index}", "output", index + 1, channels, scale), step > 1
 
 
 def _through(block: nn.Sequential, channels: int, upward: bool = False) -> tuple[int, int]:
@@ -169,18 +164,18 @@ def self_attention(model: "BaseModel") -> dict[str, tuple[int, ...]]:
     anatomy = anatomy_of(model)
     found: dict[str, tuple[int, ...]] = {}
     for path, layer in model.diffusion_model.named_modules():
-        parts = _attention_parts(anatomy.kind, path, layer, anatomy)
+        parts = _attention_parts(path, layer, anatomy)
         if parts:
             found[path] = parts
     return found
 
 
-def _attention_parts(kind: str, path: str, layer: nn.Module, anatomy: Anatomy) -> tuple[int, ...]:
-    if path.endswith(PLAIN_ATTENTION[kind]):
+def _attention_parts(path: str, layer: nn.Module, anatomy: Anatomy) -> tuple[int, ...]:
+    if path.endswith(PLAIN_ATTENTION[anatomy.kind]):
         return (layer.out_features,)
-    if path.endswith(FUSED_ATTENTION.get(kind, ())):
+    if path.endswith(FUSED_ATTENTION.get(anatomy.kind, ())):
         return (layer.out_features // 3,) * 3
-    if kind == "flux" and path.startswith("single_blocks.") and path.endswith(".linear1"):
+    if anatomy.kind == "flux" and path.startswith("single_blocks.") and path.endswith(".linear1"):
         return (anatomy.emb,) * 3
     return ()
 

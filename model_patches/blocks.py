@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 Visit = Callable[[Site, Tensor, Tensor, dict], Tensor]
 
 
+def block_replacement(patcher: "ModelPatcher", place: tuple[str, int]) -> Callable | None:
+    """Return what a patcher calls in place of a transformer's block, such as ("double_block", 0); None for the block itself."""
+    return patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {}).get(place)
+
+
 def visit_blocks(patcher: "ModelPatcher", anatomy: Anatomy, sites: list[Site], key: str, visit: Visit, skips: bool = False) -> None:
     """Have `visit` change what leaves the blocks before `sites`, on a patcher that is the caller's own clone.
 
@@ -64,9 +69,8 @@ def _visit_unet(patcher: "ModelPatcher", sites: list[Site], key: str, visit: Vis
 
 
 def _visit_transformer(patcher: "ModelPatcher", site: Site, key: str, visit: Visit, kind: str) -> None:
-    replaced = patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
     number = (f"{site.kind}_block", site.index)
-    earlier = replaced.get(number)
+    earlier = block_replacement(patcher, number)
 
     def block(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         out = extra["original_block"](args) if earlier is None else earlier(args, extra)
@@ -110,7 +114,7 @@ def visit_entry(patcher: "ModelPatcher", anatomy: Anatomy, key: str, visit: Call
         patcher.set_model_patch(enter_input, "input_block_patch")
         return
     number = ("double_block", 0)
-    earlier = patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {}).get(number)
+    earlier = block_replacement(patcher, number)
 
     def block(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         options = args["transformer_options"]

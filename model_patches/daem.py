@@ -6,9 +6,8 @@ decide what of them to take:
     h = enter((x - mean x) / |x|) + skip((e - mean e) / |e|);   s = h + attention(h)
     y = h + E_i(h) S(s);   y = y + cross-attention(y, s);   y = y + FFN(y);   x' = x + outer |x| leave(y)
 
-`leave` starts at zero, so a fresh module leaves the decoder as it is. In the paper that zero is in the number `outer`; but behind a zero of
-one number alone nothing else has a gradient, and what it is drawn by is the chance likeness of random features to the error, so that it
-wavers about zero. Means and deviations |x|, |e| are those of windows: the contrast of the degraded picture becomes that of the decoded one,
+`leave` starts at zero, so a fresh module leaves the decoder as it is. The paper puts that zero into the scalar `outer`. Behind it nothing
+else has a gradient at first, and its own is the chance correlation of random features with the error, so that it hovers about zero. Means and deviations |x|, |e| are those of windows: the contrast of the degraded picture becomes that of the decoded one,
 whatever haze, darkness or a decoder's numbers have made of it, while detail keeps its own strength from place to place. What the paper leaves
 open follows the layers that are known of its relatives: rank dim / 8, but for narrow decoders 32, transposed attention of four heads, a
 gated FFN. Where it sits was chosen here: after the last block of the decoder at a quarter, a half and all of the picture's

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .anatomy import PATCH, Anatomy
 from .daff_blocks import HEAD, DoubleStreamBlock, LastLayer, SingleStreamBlock, TimeEmbedding, time_code
 from .first_weights import fill
+from .frames import frames_of
 from .token_windows import in_windows
 
 # What "published" and "lite" mean for a model whose features have so many channels after its first layer: SDXL has 320 there.
@@ -32,7 +33,7 @@ EMBEDDING = 320
 GROUPS = 32
 # How far from zero tokens stand at first, beside their deviation of about 1.
 PEDESTAL = 2.0
-# How loud the zero layer hears the picture at first: it learns as fast as that.
+# Scale of what the zero layer is given at first; its gradient, and so its speed, grow with it.
 LOUDNESS = 2.0
 # Tokens to a side of a window: 512 pixels of published, 1024 of lite or of a transformer, for eight pixels to a cell.
 WINDOW = 64
@@ -127,7 +128,7 @@ class DAFF(nn.Module):
         """Return the condition embedding of features (B, C, h, w), or of a video's (B, C, T, h, w)."""
         if features.ndim == 4:
             return self.embedding(features)
-        return self.embedding(_frames(features)).unflatten(0, (features.shape[0], -1)).movedim(2, 1).contiguous()
+        return self.embedding(frames_of(features)).unflatten(0, (features.shape[0], -1)).movedim(2, 1).contiguous()
 
     def forward(self, x: Tensor, e: Tensor, time: Tensor, options: dict) -> Tensor:
         """Return what is added to the denoiser's feature.
@@ -138,7 +139,7 @@ class DAFF(nn.Module):
             time: (B,) in 0..1000.
             options: the host's transformer_options.
         """
-        lq = self.lq_in(_padded(_frames(e), self.layout.patch))
+        lq = self.lq_in(_padded(frames_of(e), self.layout.patch))
         if self.layout.tokens:
             latent = self.latent_in(x).reshape(len(lq), -1, self.layout.width).transpose(1, 2).reshape(lq.shape)
         else:
@@ -167,11 +168,11 @@ class DAFF(nn.Module):
             joined = self.single_stream(joined, times[1], options)
         return self.last(joined, times[1]).transpose(1, 2).unflatten(2, sides)
 
-    def weigh(self, mask: Tensor, x: Tensor) -> Tensor:
-        """Return the mask (B, 1, ...) of the latent at x's resolution, shaped to multiply it."""
+    def weigh(self, mask: Tensor) -> Tensor:
+        """Return the mask (B, 1, ...) of the latent at the resolution of its place, shaped to multiply it."""
         if not self.layout.tokens:
             return mask
-        return F.avg_pool2d(_padded(_frames(mask), self.layout.patch), self.layout.patch).reshape(len(mask), -1, 1)
+        return F.avg_pool2d(_padded(frames_of(mask), self.layout.patch), self.layout.patch).reshape(len(mask), -1, 1)
 
 
 def initialise(daff: DAFF, generator: torch.Generator) -> None:
@@ -211,11 +212,6 @@ def _stand_on_pedestals(daff: DAFF) -> None:
     # Of a joined token the norm's divisor is about the pedestal itself.
     daff.last.linear.weight.copy_(LOUDNESS * PEDESTAL * torch.eye(width, 2 * width))
     daff.last.linear.bias.copy_(-LOUDNESS * pedestal)
-
-
-def _frames(x: Tensor) -> Tensor:
-    """Take a video for a batch of its frames."""
-    return x.movedim(2, 1).flatten(0, 1) if x.ndim == 5 else x
 
 
 def _padded(x: Tensor, patch: int) -> Tensor:

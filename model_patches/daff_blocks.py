@@ -1,6 +1,6 @@
 """The blocks of degradation-aware feature fusion (UniLDiff, arXiv 2507.23685): FLUX's double and single streams, without positions."""
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
@@ -14,14 +14,11 @@ MLP_RATIO = 4
 TIME_CHANNELS = 256
 EPS = 1e-6
 
-# (q, k, v), each (B, heads, N, HEAD), and the host's transformer_options -> (B, N, heads * HEAD)
-Attention = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
-
 
 def time_code(time: Tensor) -> Tensor:
     """Return (B, 256) cosines and sines of times (B,) in 0..1000."""
     half = TIME_CHANNELS // 2
-    omega = torch.exp(torch.arange(half, device=time.device, dtype=torch.float32) * (-9.210340371976184 / half))  # ln 10000
+    omega = torch.exp(torch.arange(half, device=time.device, dtype=torch.float32) * (-math.log(10000) / half))
     angle = time.float()[:, None] * omega
     return torch.cat([angle.cos(), angle.sin()], -1)
 

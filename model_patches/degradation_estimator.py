@@ -16,12 +16,12 @@ from .config_values import number, whole_number
 from .fit import misfit
 from .framing import rgb_pictures
 from .host import inference_module, run_module, trained_operations
-from .weights_file import Weights, part_of
+from .weights_file import ANY_FAMILY, Weights, part_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-KIND, ANY_FAMILY = "degradation_estimator", "any"
+KIND = "degradation_estimator"
 NETWORK, BANK = "network.", "bank"
 WIDTHS, HIDDEN = (32, 48, 64, 96), 128
 # Pictures are looked at in windows at their own resolution, on whole JPEG blocks: noise and blur would look weaker in a picture made

@@ -17,8 +17,9 @@ from .degraded_picture import FORMS
 from .diffusion_adapter import new_lora
 from .fine_tune import FineTune, model_change
 from .fit import check_family, check_shapes
+from .frames import frames_of
 from .host import inference_module, trained_operations
-from .weights_file import Weights, part_of
+from .weights_file import ANY_FAMILY, Weights, part_of
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -170,7 +171,7 @@ def expected_tensors(plan: Plan, weights: Weights, model: "BaseModel") -> dict[s
 def tokenizer_of(weights: Weights) -> Weights:
     """Return the tokenizer that a degradation model was made with, as far as making tokens needs it."""
     tensors = part_of(weights.tensors, TOKENIZER)
-    return Weights(tokenizer.KIND, tokenizer.ANY_FAMILY, weights.config["tokenizer"], tensors, weights.name)
+    return Weights(tokenizer.KIND, ANY_FAMILY, weights.config["tokenizer"], tensors, weights.name)
 
 
 def inference_patcher(weights: Weights, plan: Plan) -> "ModelPatcher":
@@ -241,8 +242,7 @@ class DegradationPatch(ConditionedPatch):
 
     def opened(self, c_lq: Tensor, mask: Tensor, model_sampling: Any, sigma: Tensor) -> "_Evaluation":
         """The pyramid runs at the first block, in its precision; once for what conds have in common."""
-        flat = c_lq.movedim(2, 1).flatten(0, 1) if c_lq.ndim == 5 else c_lq
-        return _Evaluation(flat)
+        return _Evaluation(frames_of(c_lq))
 
     def _visit(self, site: Site, h: Tensor, emb: Tensor, options: dict) -> Tensor:
         evaluation = options[self.condition.key]

@@ -19,12 +19,12 @@ from .config_values import one_of, whole_number
 from .framing import rgb_pictures
 from .host import inference_module, run_module, trained_operations
 from .residual_block import ResidualBlock
-from .weights_file import Weights, part_of
+from .weights_file import ANY_FAMILY, Weights, part_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-KIND, ANY_FAMILY = "degradation_tokenizer", "any"
+KIND = "degradation_tokenizer"
 ENCODER, DECODER, DISCRIMINATOR = "encoder.", "decoder.", "discriminator."
 GROUPS = 8
 

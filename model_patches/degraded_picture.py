@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .framing import pad_to, resize
+from .framing import check_covers, pad_to, resize
 from .host_vae import encode_pictures
 
 if TYPE_CHECKING:
@@ -59,11 +59,8 @@ class DegradedPicture:
         Raises:
             ValueError: when they belong to a picture of another size.
         """
-        size = self._covered(sides)
-        own = tuple(self.pictures.shape[1:3])
-        if any(abs(covered - side) >= self.cell for covered, side in zip(size, own)):
-            raise ValueError(f"{self.node}: 'degraded' is {own[1]}x{own[0]} but the latent belongs to a picture of {size[1]}x{size[0]}. "
-                             "Encode the same picture that you connect here, or connect an empty latent of its size.")
+        advice = "Encode the same picture that you connect here, or connect an empty latent of its size."
+        size = check_covers(tuple(self.pictures.shape[1:3]), sides, self.cell, self.node, advice)
         return reframed(self.pictures, size)
 
     @torch.no_grad()
@@ -204,7 +201,7 @@ class Degradation:
         return self.picture.each(rows, batch, "'mask' holds {count} masks")
 
     def _touched(self, shape: torch.Size) -> Tensor:
-        """Return (B, 1, ...): 1 in the cells where any pixel is to change; how much it changes is seen to in pixels."""
+        """Return (B, 1, ...): 1 in cells where any pixel may change; how much it does is decided pixel by pixel."""
         cell = self.picture.cell
         mask = reframed(self._mask(self.picture.pictures.shape[1:3]), (shape[-2] * cell, shape[-1] * cell))
         touched = (F.max_pool2d(mask.movedim(-1, 1), cell) > 0).float()

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .daem import DetailExperts
 from .detail_experts import check_fit, inference_patcher
+from .evaluation_hooks import installed
 from .experts import KERNELS, Routed
-from .framing import pad_to
+from .framing import check_covers, pad_to
 from .host_vae import decode_with
 from .vae_sites import VaeSite, decoder_layer, skips
 from .weights_file import Weights
@@ -47,12 +48,8 @@ class ExpertRun:
     @contextmanager
     def behind(self, module: nn.Module, sites: tuple[VaeSite, ...]) -> Iterator[None]:
         """Stand behind the layers of a first stage model for as long as the context is open."""
-        handles = [decoder_layer(module, site).register_forward_hook(self._hook(site.name)) for site in sites]
-        try:
+        with installed(lambda: [decoder_layer(module, site).register_forward_hook(self._hook(site.name)) for site in sites]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, name: str) -> Callable:
         def add(_: nn.Module, args: tuple, x: Tensor) -> Tensor:
@@ -124,16 +121,14 @@ def window_tiling(tile: int, overlap: int, window: int) -> tuple[int, int]:
 def fitted_pictures(degraded: Tensor, shape: torch.Size, cell: int, node: str) -> Tensor:
     """Return (B, H, W, 3) of the size that latents (B, C, h, w) decode to.
 
-    What lacks less than a cell is mirrored, what exceeds is cut as VAE Encode does.
+    Less than a cell missing is mirrored; less than a cell too much is cropped, as in VAE Encode.
 
     Raises:
         ValueError: for other sizes or numbers; the message names the input, both sizes and what to do.
     """
     height, width = degraded.shape[1:3]
-    tall, wide = shape[2] * cell, shape[3] * cell
-    if abs(tall - height) >= cell or abs(wide - width) >= cell:
-        raise ValueError(f"{node}: 'degraded' is {width}x{height} but the latent belongs to a picture of {wide}x{tall}; "
-                         "connect the picture that the latent restores, at the same size (Frame Image pads both alike)")
+    advice = "Connect the picture that the latent restores, at the same size (Frame Image pads both alike)."
+    tall, wide = check_covers((height, width), (shape[2], shape[3]), cell, node, advice)
     if shape[0] % len(degraded):
         raise ValueError(f"{node}: 'degraded' holds {len(degraded)} for a batch of {shape[0]}. Give one for all, or one each.")
     padded = pad_to(degraded, (max(tall, height), max(wide, width)))

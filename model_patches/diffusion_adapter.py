@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anatomy import self_attention
+from .evaluation_hooks import installed
 from .host_lora import with_lora
 from .weights_file import Weights
 
@@ -70,7 +71,6 @@ class DiffusionAdapter(nn.Module):
 
     def __init__(self, model: "BaseModel", rank: int) -> None:
         super().__init__()
-        self.rank = rank
         layers = dict(model.diffusion_model.named_modules())
         self.paths = {path: layers[path].out_features for path in self_attention(model)}
         self.layers = nn.ModuleDict({_name(path): LoraLayer(layers[path].in_features, parts, rank) for path, parts in self_attention(model).items()})
@@ -107,12 +107,8 @@ class DiffusionAdapter(nn.Module):
 def branched(model: "BaseModel", branches: Mapping[str, Callable[[nn.Module, Tensor], Tensor]]) -> Iterator[None]:
     """Add branch(layer, x) to the outputs of layers, named by their paths in the denoiser, for as long as the context is open."""
     layers = dict(model.diffusion_model.named_modules())
-    handles = [layers[path].register_forward_hook(_added(branch)) for path, branch in branches.items()]
-    try:
+    with installed(lambda: [layers[path].register_forward_hook(_added(branch)) for path, branch in branches.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def lora_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

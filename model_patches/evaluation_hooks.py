@@ -24,7 +24,7 @@ class EvaluationHooks:
     def evaluate(self, install: Install, evaluate: Callable[[], Tensor]) -> Tensor:
         """Return what `evaluate` returns, with the hooks that `install` makes and returns the handles of."""
         self.clear()
-        with _installed(install):
+        with installed(install):
             out = evaluate()
         if out.requires_grad:
             out.register_hook(lambda _: self._backward(install))
@@ -43,7 +43,8 @@ class EvaluationHooks:
 
 
 @contextmanager
-def _installed(install: Install) -> Iterator[None]:
+def installed(install: Install) -> Iterator[None]:
+    """Have hooks in place for as long as the context is open."""
     handles = install()
     try:
         yield

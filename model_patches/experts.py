@@ -20,7 +20,7 @@ KERNELS = (3, 5, 7, 9)
 FOLLOWING = 0.05
 # In roots and quotients, for places where all channels are zero and features that never change.
 EPSILON = 1e-6
-# Of what features hold in all; less is the rounding of pictures and of half precision, which must not be taken for detail.
+# Least contrast, as a share of a feature's root mean square; less is the rounding of pictures and of half precision, not detail.
 LEAST_CONTRAST = 0.005
 
 

@@ -25,7 +25,7 @@ class Input(NamedTuple):
         look: returns its anatomy; ValueError for what is not known.
         advice: what to do about one of another family.
         other: one of that family whose shapes differ.
-        aside: how the names of tensors begin that need not fit it.
+        aside: prefixes of tensors that need not fit it.
     """
 
     name: str
@@ -78,7 +78,7 @@ def misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple
 
 
 def check_finite(weights: Weights, node: str) -> None:
-    """Check that all that weights hold is numbers.
+    """Check that all weights are finite.
 
     Raises:
         ValueError: naming the node and the weights.

@@ -17,27 +17,26 @@ class Frame:
     """What framing did to a batch of pictures. All sizes are (height, width) in pixels.
 
     Attributes:
-        original: size before framing.
         scaled: size after the change of scale, before padding.
         offset: (top, left) corner of the scaled picture in the framed one.
         framed: size after padding.
-        alpha: (B, H, W, 1) in 0..1 at the original size, or None if nothing in the pictures is transparent.
+        alpha: (B, H, W, 1) in 0..1 at the size before framing, or None if nothing in the pictures is transparent.
     """
 
-    original: Size
     scaled: Size
     offset: Size
     framed: Size
     alpha: Tensor | None = None
 
 
-def frame_pictures(image: Tensor, scale: float = 1.0, multiple: int = 16) -> tuple[Tensor, Frame]:
+def frame_pictures(image: Tensor, scale: float = 1.0, multiple: int = 16, node: str = "Frame Image", name: str = "image") -> tuple[Tensor, Frame]:
     """Scale pictures and pad their sides up to a multiple.
 
     Args:
         image: (B, H, W, C) with C of 1, 3 or 4.
         scale: factor on both sides.
         multiple: what both sides of the result are a multiple of, in pixels.
+        node, name: whose input the pictures are and which, for messages.
 
     Returns:
         (B, H', W', 3) and what `unframe_pictures` needs to undo it. At scale 1 the pixels inside are the given ones, bit for bit.
@@ -45,26 +44,26 @@ def frame_pictures(image: Tensor, scale: float = 1.0, multiple: int = 16) -> tup
     Raises:
         ValueError: the pictures are empty, not finite, of another layout, or too large once scaled.
     """
-    pictures = rgb_pictures(image, "Frame Image")
-    original = (image.shape[1], image.shape[2])
-    scaled = (max(1, round(original[0] * scale)), max(1, round(original[1] * scale)))
+    pictures = rgb_pictures(image, node, name)
+    scaled = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[2] * scale)))
     framed = (-(-scaled[0] // multiple) * multiple, -(-scaled[1] // multiple) * multiple)
     if max(framed) > MAX_SIDE:
-        raise ValueError(f"Frame Image: scale {scale:g} would make the picture {_size_text(framed)} pixels, "
-                         f"and sides beyond {MAX_SIDE} are not supported. Lower scale.")  # fmt: skip
+        at, advice = ("", "Make it smaller first.") if scale == 1 else (f" at scale {scale:g}", "Lower 'scale'.")
+        raise ValueError(f"{node}: '{name}' would be {size_text(framed)} pixels{at}, and sides beyond {MAX_SIDE} are not supported. {advice}")
     padded = pad_to(resize(pictures, scaled), framed)
     seen_through = image.shape[-1] == 4 and bool((image[..., 3] < 1).any())
     alpha = image[..., 3:].clone() if seen_through else None
-    return padded, Frame(original, scaled, _offset(scaled, framed), framed, alpha)
+    return padded, Frame(scaled, _offset(scaled, framed), framed, alpha)
 
 
-def unframe_pictures(image: Tensor, frame: Frame) -> Tensor:
+def unframe_pictures(image: Tensor, frame: Frame, node: str = "Unframe Image") -> Tensor:
     """Cut the padding away and put the alpha channel back.
 
     Args:
         image: (N, H', W', C), the framed size or a whole multiple of it. If N is not the number of framed pictures, their
             alpha channels are repeated or cut off in order.
         frame: what `frame_pictures` returned.
+        node: whose input the pictures are, for messages.
 
     Returns:
         (N, h, w, 3), or 4 channels if the framed pictures were transparent anywhere.
@@ -72,7 +71,7 @@ def unframe_pictures(image: Tensor, frame: Frame) -> Tensor:
     Raises:
         ValueError: the pictures are empty, of another layout, or of a size that does not fit the frame.
     """
-    check_pictures(image, "Unframe Image")
+    check_pictures(image, node)
     factor = _enlargement((image.shape[1], image.shape[2]), frame.framed)
     top, left = (start * factor for start in frame.offset)
     size = (frame.scaled[0] * factor, frame.scaled[1] * factor)
@@ -93,11 +92,11 @@ def rgb_pictures(image: Tensor, node: str, name: str = "image") -> Tensor:
 def check_pictures(image: Tensor, node: str, name: str = "image") -> None:
     """Raise a ValueError that names the node and its input unless `image` is (B, H, W, C) with pixels and C of 1, 3 or 4."""
     if image.ndim != 4:
-        raise ValueError(f"{node}: {name} has the shape {tuple(image.shape)}, not batch x height x width x channels. Connect an IMAGE output.")
+        raise ValueError(f"{node}: '{name}' has the shape {tuple(image.shape)}, not batch x height x width x channels. Connect an IMAGE output.")
     if not image.numel():
-        raise ValueError(f"{node}: {name} holds no pixels (its shape is {tuple(image.shape)}). Connect a node that gives at least one picture.")
+        raise ValueError(f"{node}: '{name}' holds no pixels (its shape is {tuple(image.shape)}). Connect a node that gives at least one picture.")
     if image.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"{node}: {name} has {image.shape[-1]} channels, and only 1 (grey), 3 (RGB) and 4 (RGBA) are understood. "
+        raise ValueError(f"{node}: '{name}' has {image.shape[-1]} channels, and only 1 (grey), 3 (RGB) and 4 (RGBA) are understood. "
                          f"Convert it to one of these first.")  # fmt: skip
 
 
@@ -105,8 +104,27 @@ def check_finite(image: Tensor, node: str, name: str = "image") -> None:
     """Raise a ValueError that names the node, its input and the first picture of the batch that has NaN or infinite pixels."""
     bad = (~image.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{node}: {name} has NaN or infinite pixels in picture {bad[0] + 1} of {len(image)}. They come from the node that "
+        raise ValueError(f"{node}: '{name}' has NaN or infinite pixels in picture {bad[0] + 1} of {len(image)}. They come from the node that "
                          f"made the picture; if that is a VAE decode, run it in a higher precision.")  # fmt: skip
+
+
+def check_covers(size: Size, latent_size: Size, cell: int, node: str,
+                 advice: str = "Encode the same picture that you connect here (Frame Image pads both alike).") -> Size:
+    """Return the size of the picture that a latent belongs to.
+
+    Args:
+        size: of the picture that is given, less than a cell off.
+        latent_size: (rows, columns) of the latent.
+        cell: pixels per latent pixel.
+        node, advice: for the message.
+
+    Raises:
+        ValueError: for a picture of another size; the message names the input, both sizes and what to do.
+    """
+    own = (latent_size[0] * cell, latent_size[1] * cell)
+    if any(abs(covered - side) >= cell for covered, side in zip(own, size)):
+        raise ValueError(f"{node}: 'degraded' is {size_text(size)} but the latent belongs to a picture of {size_text(own)}. {advice}")
+    return own
 
 
 def to_rgb(image: Tensor) -> Tensor:
@@ -144,11 +162,12 @@ def _offset(size: Size, framed: Size) -> Size:
 def _enlargement(size: Size, framed: Size) -> int:
     factor = size[0] // framed[0]
     if factor < 1 or size != (framed[0] * factor, framed[1] * factor):
-        raise ValueError(f"Unframe Image: image is {_size_text(size)} pixels, but this frame belongs to pictures of {_size_text(framed)} or a "
+        raise ValueError(f"Unframe Image: 'image' is {size_text(size)} pixels, but this frame belongs to pictures of {size_text(framed)} or a "
                          f"whole multiple of that. Connect the frame output of the Frame Image node that this picture went through, and "
                          f"resize or crop only after Unframe Image.")  # fmt: skip
     return factor
 
 
-def _size_text(size: Size) -> str:
+def size_text(size: Size) -> str:
+    """Return (height, width) as messages give it."""
     return f"{size[1]} x {size[0]}"

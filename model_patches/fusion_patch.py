@@ -16,7 +16,7 @@ from .fine_tune import FineTune, model_change
 from .fit import check_family, check_finite, check_shapes
 from .host import inference_module, model_times, trained_operations
 from .lq_condition import FeatureCondition
-from .lq_encoder import check_vae, lq_encoder_tensors
+from .lq_encoder import check_feature_width, lq_encoder_tensors
 from .robust_encoder import ENCODER
 from .weights_file import Weights, part_of
 
@@ -67,7 +67,7 @@ def grown(weights: Weights, model: "BaseModel", vae: "VAE", rank: int, train_enc
     Raises:
         ValueError: for a LoRA of another rank or beside a fine-tune, and a VAE that does not fit.
     """
-    check_vae(vae, weights.config["features"])
+    check_feature_width(vae, weights.config["features"])
     tensors, config = dict(weights.tensors), dict(weights.config)
     if fine_tune and config["rank"]:
         raise ValueError(f"has a LoRA of rank {config['rank']}, and fine_tune would stand in its place. Turn fine_tune off, or begin with a "
@@ -155,7 +155,7 @@ class FusionPatch(ConditionedPatch):
 
     def _visit(self, x: Tensor, options: dict) -> Tensor:
         evaluation = options[self.condition.key]
-        mask = self.network.weigh(evaluation.mask.to(x), x)
+        mask = self.network.weigh(evaluation.mask.to(x))
 
         def fused(own: Tensor) -> Tensor:
             return own + self.strength * mask * self.network(own, evaluation.e.to(own), evaluation.time, options)

@@ -264,10 +264,10 @@ def progress_text(text: str, node_id: str) -> None:
 
 
 class trained_operations(comfy.ops.manual_cast):  # noqa: N801 - named as the host names its own
-    """The same for networks that are yet to be trained: where the host loads on demand, its layers have none before a file is loaded."""
+    """Operations for networks that are yet to be trained: where the host loads on demand, its own layers have no weights until a file is loaded."""
 
     class Linear(comfy.ops.manual_cast.Linear):
-        """The host gives weights at once to layers that load in a way of their own."""
+        """Overrides loading only because the host then makes the weights at once."""
 
         def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
             super()._load_from_state_dict(*args, **kwargs)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .blocks import block_replacement
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
@@ -39,7 +41,7 @@ def checkpointed_blocks(patcher: "ModelPatcher") -> "ModelPatcher":
 
 def _put_inside(patcher: "ModelPatcher", kind: str, index: int, run: Callable[[Callable, dict], dict]) -> None:
     """Have `run` call one of a transformer's blocks, inside of whatever replaces that block already."""
-    earlier = patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {}).get((kind, index))
+    earlier = block_replacement(patcher, (kind, index))
 
     def replacement(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         def inner(args: dict[str, Any]) -> dict[str, Any]:

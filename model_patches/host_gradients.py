@@ -11,6 +11,8 @@ import comfy.conds
 import comfy.model_management
 import comfy.ops
 
+from .evaluation_hooks import installed
+
 
 @contextmanager
 def gradients() -> Iterator[None]:
@@ -107,15 +109,11 @@ def unshared_norm_inputs(diffusion_model: nn.Module) -> Iterator[None]:
     names = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm")
     blocks = [*getattr(diffusion_model, "double_blocks", ()), *getattr(diffusion_model, "single_blocks", ())]
     norms = [getattr(block, name) for block in blocks for name in names if hasattr(block, name)]
-    handles = [norm.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:])) for norm in norms]
-    try:
+    with installed(lambda: [norm.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:])) for norm in norms]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-# The host's implementations of attention that have a backward pass; of others that users may have chosen some have none.
+# The host's implementations of attention that have a backward pass; some of the others that users may choose have none.
 _WITH_GRADIENT = ("attention_basic", "attention_sub_quad", "attention_split", "attention_xformers", "attention_pytorch")
 
 

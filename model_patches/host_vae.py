@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import VAE
 
-# Backward through a VAE decoder keeps its activations: about this many times the host's estimate for a plain decode.
+# A forward and backward pass keeps its activations: about this many times the host's estimate for a plain forward pass, of VAE decoders and
+# denoisers alike.
 BACKWARD_FACTOR = 3.5
 
 
@@ -33,7 +34,7 @@ class PixelDecoder:
     """
 
     def __init__(self, vae: "VAE", model: "BaseModel") -> None:
-        self.vae, self.model = vae, model
+        self.vae = vae
         low, high = vae.process_output(torch.tensor([0.25, 0.75])).tolist()
         self.gain, self.offset = (high - low) * 2, low - (high - low) / 2
         self.cell = vae.spacial_compression_decode()
@@ -55,7 +56,7 @@ class PixelDecoder:
         return x.float() * self.gain + self.offset
 
     def fits(self, z: Tensor) -> bool:
-        """Tell whether memory is free for decoding all of `z` at once without a way back, by the host's own estimate."""
+        """Tell whether memory is free for decoding all of `z` at once without a backward pass, by the host's own estimate."""
         need = self.vae.memory_used_decode(z.shape, self.vae.vae_dtype)
         return need <= self.vae.patcher.get_free_memory(self.vae.device)
 
@@ -68,7 +69,7 @@ class LatentEncoder:
     """A VAE encoder that gradients flow through: pictures in 0..1 to latents in the model's space."""
 
     def __init__(self, vae: "VAE", model: "BaseModel") -> None:
-        self.vae, self.model = vae, model
+        self.vae = vae
         self.cell = vae.spacial_compression_encode()
         self.from_raw = _per_channel(model.process_latent_in, model.latent_format)
         self.layers = casting_layers(vae.first_stage_model)
@@ -94,6 +95,14 @@ def _per_channel(process: Callable[[Tensor], Tensor], latent_format: Any) -> Cal
         return z * gain.to(z).reshape(gain.shape[:z.ndim]) + offset.to(z).reshape(offset.shape[:z.ndim])
 
     return apply
+
+
+def check_latent_channels(vae: "VAE", model: "BaseModel", node: str) -> None:
+    """Raise a ValueError that names the node unless a VAE's latents have as many channels as a model works on."""
+    channels = model.latent_format.latent_channels
+    if vae.latent_channels != channels:
+        raise ValueError(f"{node}: 'vae' gives latents of {vae.latent_channels} channels and the model works on {channels}. "
+                         "Connect the VAE that belongs to the model.")
 
 
 def encode_pictures(vae: "VAE", model: "BaseModel", pictures: Tensor) -> Tensor:

@@ -138,7 +138,6 @@ class ImageRestorationBridge(nn.Module):
         super().__init__()
         measures = SIZES[size]
         widths = level_widths(sites, measures, tokens)
-        self.scales = {site.name: site.scale for site in sites}
         self.pyramid = Pyramid(widths, measures, cell, latent_channels, operations, **factory)
         self.times = nn.ModuleDict({str(scale): operations.Linear(emb, width, **factory) for scale, width in widths.items()})
         bridges = {site.name: Bridge(widths[site.scale], site.channels, tokens, operations, **factory) for site in sites}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 KIND = "learned_prompt"
 SPREAD = 0.02
+# What FLUX.1-dev is told as guidance while a learned prompt is trained and used.
+FLUX_GUIDANCE = 1.0
 # Tokens of an empty text as the host encodes it: one window of CLIP; CLIP and the least of T5 for SD3. FLUX and WAN: as published.
 CLIP_TOKENS, SD3_TOKENS, FLUX_TOKENS, WAN_TOKENS = 77, 154, 512, 226
 # Models that nobody has named, such as the lab's, which has texts of 16 words.

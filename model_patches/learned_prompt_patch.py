@@ -13,7 +13,7 @@ from torch import Tensor
 from .anatomy import Anatomy, anatomy_of
 from .evaluation_hooks import EvaluationHooks
 from .host import WrappersMP, free_key, is_compiled, reserve, unspent_control
-from .learned_prompt import LearnedPrompt, attention_modules
+from .learned_prompt import FLUX_GUIDANCE, LearnedPrompt, attention_modules
 from .percents import acts, percent_of
 from .prompt_injection import Injection, Made, Term, kept_bytes
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 NODE = "Apply Learned Prompt"
 AVERAGE, SUM = "average", "sum"
-FLUX_GUIDANCE = 1.0
-# Less than this is among what the host keeps free in any case. The host reserves by whole latents, so small requests cost too much.
+# The host keeps about this much free anyway. It reserves whole latents, so small requests would cost too much.
 WORTH_RESERVING = 128 * 2**20
 # Runs of the model in each step: prompts that add up, and the weight of the run.
 Passes = list[tuple[list[Term], float]]

@@ -21,7 +21,7 @@ def lq_encoder_tensors(vae: "VAE") -> dict[str, Tensor]:
     return encoder_tensors(vae, features)
 
 
-def check_vae(vae: "VAE", channels: int) -> None:
+def check_feature_width(vae: "VAE", channels: int) -> None:
     """Check that a VAE is known and its features have the width that a file was made for.
 
     Raises:
@@ -37,26 +37,19 @@ def check_vae(vae: "VAE", channels: int) -> None:
 
 
 def lq_vae(vae: "VAE", tensors: dict[str, Tensor]) -> "VAE":
-    """Return a VAE whose `encode` gives features as lq_features does.
+    """Return a VAE whose `encode` gives the features of pictures.
 
-    Raises:
-        ValueError: for a VAE that is not known, or an encoder of another kind of VAE's.
-    """
-    return feature_vae(with_encoder(vae, tensors))
-
-
-def lq_features(vae: "VAE", pictures: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    """Encode (B, H, W, 3) in 0..1 to features (B, C, h, w), or to those of one video (1, C, T, h, w) where the VAE knows videos.
+    It takes (B, H, W, 3) in 0..1, cut to whole latent cells as the host cuts, and returns (B, C, h, w), or the features (1, C, T, h, w) of one
+    video where the VAE knows videos.
 
     Args:
         vae: the user's.
-        pictures: of any size; what exceeds whole latent cells is cut off as the host does.
         tensors: a file's; if a trained encoder is among them, it is the one that looks.
 
     Raises:
         ValueError: for a VAE that is not known, or an encoder of another kind of VAE's.
     """
-    return lq_vae(vae, tensors).encode(pictures).float()
+    return feature_vae(with_encoder(vae, tensors))
 
 
 class LQEncoder(RobustEncoder):
@@ -73,7 +66,7 @@ class LQEncoder(RobustEncoder):
 
 
 def frozen_features(vae: "VAE", pictures: Tensor) -> Tensor:
-    """Return the same of an encoder that does not learn."""
+    """Return the features (B, C, h, w) of pictures (B, H, W, 3) in 0..1, from an encoder that does not learn."""
     seeing = feature_vae(vae)
     with torch.no_grad():
         if vae.latent_dim == 3:

@@ -1,4 +1,4 @@
-"""Damaged pictures for a VAE that knows videos: whether they are the frames of one, or pictures on their own, the sampled latent tells."""
+"""Damaged pictures for a VAE that knows videos: the sampled latent tells whether they are the frames of one video or separate pictures."""
 
 from collections.abc import Callable
 from functools import cache

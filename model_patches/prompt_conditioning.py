@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from .anatomy import anatomy_of
 from .errors import telling
 from .fit import check_family, check_finite
-from .learned_prompt import CLIP_TOKENS, SPREAD, default_length
+from .learned_prompt import CLIP_TOKENS, FLUX_GUIDANCE, SPREAD, default_length
 from .weights_file import Weights
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
 
 KIND = "learned_prompt_conditioning"
-FLUX_GUIDANCE = 1.0
 SIZES_WIDTH = 256
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy, Site
 from .first_weights import fill
+from .frames import frames_of
 from .host import pad_to_patches
 
 TRANSFORMER_SITES = 6
@@ -181,16 +182,14 @@ class RestorationAdapter(nn.Module):
         """Return the first LQ feature of latents (B, C, h, w) or (B, C, f, h, w)."""
         if not self.tokens:
             return self.stem(c_lq)
-        frames = c_lq.movedim(2, 1).flatten(0, 1) if c_lq.ndim == 5 else c_lq
-        tokens = self.stem(pad_to_patches(frames, self.stem.stride)).flatten(2).transpose(1, 2)
+        tokens = self.stem(pad_to_patches(frames_of(c_lq), self.stem.stride)).flatten(2).transpose(1, 2)
         return tokens.reshape(len(c_lq), -1, tokens.shape[-1])
 
     def weigh(self, mask: Tensor, x_t: Tensor) -> Tensor:
         """Return the mask (B, 1, ...) of the latent at X_t's resolution, shaped to multiply it."""
         if not self.tokens:
             return F.interpolate(mask, x_t.shape[-2:], mode="area")
-        frames = mask.movedim(2, 1).flatten(0, 1) if mask.ndim == 5 else mask
-        return F.avg_pool2d(pad_to_patches(frames, self.stem.stride), self.stem.stride).reshape(len(mask), -1, 1)
+        return F.avg_pool2d(pad_to_patches(frames_of(mask), self.stem.stride), self.stem.stride).reshape(len(mask), -1, 1)
 
 
 def initialise(adapter: RestorationAdapter, generator: torch.Generator) -> None:

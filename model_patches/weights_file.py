@@ -3,13 +3,16 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+# The family of what fits every model.
+ANY_FAMILY = "any"
 
 VERSION = "1"
 Made = TypeVar("Made")
@@ -103,11 +106,6 @@ def load_weights(file: Path) -> Weights:
 def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def renamed(weights: Weights, name: str) -> Weights:
-    """Return the same weights under another name."""
-    return replace(weights, name=name)
 
 
 def in_words(kind: str) -> str:

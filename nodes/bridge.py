@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..model_patches.errors import telling
 from ..samplers.bridge import E_BRIDGE, NODE, PUBLISHED_SEED, STEPS, T0, YPT, Bridge, bridge_sigmas
-from .inputs import samples_of
+from .inputs import LARGEST_SEED, samples_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -31,8 +31,7 @@ class BridgeSampler(io.ComfyNode):
             inputs=[
                 io.Latent.Input(
                     "degraded", optional=True,
-                    tooltip="The damaged picture or video, encoded. When it is not connected, the latent that the sampling node is given "
-                    "is it.",
+                    tooltip="The damaged picture or video, encoded. Without it, the latent given to the sampling node is used.",
                 ),
                 io.Combo.Input(
                     "estimator", options=[YPT, E_BRIDGE], default=YPT, advanced=True,
@@ -49,7 +48,7 @@ class BridgeSampler(io.ComfyNode):
                     tooltip="Use the same noise for every picture, whatever the seed of the sampling node, as published.",
                 ),
                 io.Int.Input(
-                    "fixed_seed", default=PUBLISHED_SEED, min=0, max=0xFFFFFFFFFFFFFFFF, advanced=True,
+                    "fixed_seed", default=PUBLISHED_SEED, min=0, max=LARGEST_SEED, advanced=True,
                     control_after_generate=io.ControlAfterGenerate.fixed, tooltip="Seed of that noise, if fixed_noise is on.",
                 ),
                 io.Int.Input(
@@ -71,7 +70,7 @@ class BridgeSampler(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         """Return the sampler."""
         if window and overlap >= window:
-            raise ValueError(f"{NODE}: overlap is {overlap} frames and window {window}; the overlap has to be shorter.")
+            raise ValueError(f"{NODE}: 'overlap' is {overlap} frames and 'window' {window}; the overlap has to be shorter.")
         latent = None if degraded is None else samples_of(degraded, NODE, "degraded")
         return io.NodeOutput(Bridge(latent, estimator, noise == KEPT, fixed_seed if fixed_noise else None, window, overlap).sampler())
 

@@ -182,7 +182,7 @@ class DegradeImage(io.ComfyNode):
         if name == "haze":
             settings["depth"] = _depth(settings.get("depth"), settings.pop("white_is"), pictures)
         elif name == "resize" and mask is not None and not settings["keep_size"]:
-            raise ValueError(f"{DEGRADE}: mask cannot be used where the picture becomes smaller. Turn keep_size on, or disconnect mask.")
+            raise ValueError(f"{DEGRADE}: 'mask' cannot be used where the picture becomes smaller. Turn 'keep_size' on, or disconnect 'mask'.")
         where = None if mask is None else _fitted(_mask_pictures(mask), pictures, "mask")
         degraded, new = operators.degrade(pictures, name, seed, where, **settings)
         return io.NodeOutput(_with_alpha(degraded, image), operators.joined(words, new), recipe)
@@ -248,7 +248,7 @@ def _with_alpha(degraded: Tensor, image: Tensor) -> Tensor:
 def _mask_pictures(mask: Tensor) -> Tensor:
     """Return (B, H, W, 1) in 0..1 of a MASK."""
     if mask.ndim not in (2, 3):
-        raise ValueError(f"{DEGRADE}: mask has the shape {tuple(mask.shape)}, not batch x height x width. Connect a MASK output.")
+        raise ValueError(f"{DEGRADE}: 'mask' has the shape {tuple(mask.shape)}, not batch x height x width. Connect a MASK output.")
     return mask.reshape(-1, *mask.shape[-2:], 1).clamp(0, 1) if mask.numel() else mask.reshape(0, 1, 1, 1)
 
 
@@ -265,7 +265,7 @@ def _fitted(extra: Tensor, pictures: Tensor, name: str) -> Tensor:
     check_pictures(extra, DEGRADE, name)
     check_finite(extra, DEGRADE, name)
     if len(extra) not in (1, len(pictures)):
-        raise ValueError(f"{DEGRADE}: {name} holds {len(extra)} pictures for {len(pictures)} in image. Give one for all, or one each.")
+        raise ValueError(f"{DEGRADE}: '{name}' holds {len(extra)} pictures for {len(pictures)} in 'image'. Give one for all, or one each.")
     return resize(extra, (pictures.shape[1], pictures.shape[2])).to(pictures)
 
 

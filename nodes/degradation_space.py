@@ -7,7 +7,6 @@ from torch import Tensor
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..model_patches import degradation_tokenizer as tokenizer
 from ..model_patches.degradation_condition import DegradationCondition
 from ..model_patches.degradation_model import (
     DEVIATION,
@@ -18,6 +17,8 @@ from ..model_patches.degradation_model import (
     inference_patcher,
     new_weights,
 )
+from ..model_patches.degradation_tokenizer import Instruction
+from ..model_patches.degradation_tokenizer import check_fit as check_tokenizer
 from ..model_patches.degraded_picture import ATTACHMENT, Degradation, DegradedPicture
 from ..model_patches.diffusion_adapter import with_lora_of
 from ..model_patches.errors import telling
@@ -59,7 +60,7 @@ class NewDegradationModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "form", options=list(FORMS), default="latent",
-                    tooltip="latent: for noise, rain, JPEG and blur. pixel: for smooth damage (haze, low light, fading); keeps all else of "
+                    tooltip="latent: for noise, rain, JPEG and blur. pixel: for smooth damage (haze, low light, fading); keeps the rest of "
                     "the picture. If your VAE is weak, as the lab's is, try pixel for blur and JPEG too.",
                 ),
                 io.Combo.Input(
@@ -82,7 +83,9 @@ class NewDegradationModel(io.ComfyNode):
         cls, model: "ModelPatcher", tokenizer: Weights, form: str, size: str, lora_rank: int, seed: int, fine_tune: bool = False,
     ) -> io.NodeOutput:  # fmt: skip
         """Return fresh weights."""
-        return io.NodeOutput(_fresh(model, tokenizer, form, size, lora_rank, seed, fine_tune))
+        check_tokenizer(tokenizer, NEW)
+        with telling(f"{NEW}: 'model':"):
+            return io.NodeOutput(new_weights(model.model, tokenizer, form, size, lora_rank, seed, fine_tune))
 
 
 class ApplyDegradationDiffusion(io.ComfyNode):
@@ -110,7 +113,7 @@ class ApplyDegradationDiffusion(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the model."),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=2.0, step=0.01,
-                    tooltip="How much of the damage that is found is removed; above 1 more than that. At 0 nothing is, but in the latent form "
+                    tooltip="How much of the damage that is found is removed; above 1 more than that. At 0 nothing is removed, but in the latent form "
                     "the picture still goes through the VAE.",
                 ),
                 io.Float.Input(
@@ -133,7 +136,7 @@ class ApplyDegradationDiffusion(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: "ModelPatcher", weights: Weights, instruction: tokenizer.Instruction, degraded: Tensor, vae: "VAE", strength: float,
+        cls, model: "ModelPatcher", weights: Weights, instruction: Instruction, degraded: Tensor, vae: "VAE", strength: float,
         instruction_cfg: float, mask: Tensor | None = None, start_percent: float = 0.0, end_percent: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
         """Return the patched model."""
@@ -155,7 +158,7 @@ class ApplyDegradationDiffusion(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
-class DegradationSpace(io.ComfyNode):
+class SampleDegradationSpace(io.ComfyNode):
     """Declares Degradation Space Sampler."""
 
     @classmethod
@@ -214,10 +217,4 @@ class RemoveDegradation(io.ComfyNode):
         return io.NodeOutput(degradation_of(model, REMOVE).removed(model, samples_of(samples, REMOVE, "samples")))
 
 
-def _fresh(model: "ModelPatcher", codes: Weights, form: str, size: str, rank: int, seed: int, fine_tune: bool) -> Weights:
-    tokenizer.check_fit(codes, NEW)
-    with telling(f"{NEW}: 'model':"):
-        return new_weights(model.model, codes, form, size, rank, seed, fine_tune)
-
-
-NODES = [NewDegradationModel, ApplyDegradationDiffusion, DegradationSpace, RemoveDegradation]
+NODES = [NewDegradationModel, ApplyDegradationDiffusion, SampleDegradationSpace, RemoveDegradation]

@@ -14,7 +14,7 @@ from ..model_patches.framing import rgb_pictures
 from ..model_patches.fusion_patch import FusionPatch, check_fit, grown, inference_patcher, new_fusion
 from ..model_patches.host import free_key, load_with
 from ..model_patches.lq_condition import FeatureCondition
-from ..model_patches.lq_encoder import check_vae, lq_vae
+from ..model_patches.lq_encoder import check_feature_width, lq_vae
 from ..model_patches.lq_pictures import encoded_pictures
 from ..model_patches.weights_file import Weights
 from .inputs import percent_inputs, seed_input
@@ -136,7 +136,7 @@ class ApplyFusion(io.ComfyNode):
             return io.NodeOutput(patched)
         pictures = rgb_pictures(degraded, APPLY, "degraded")
         with telling(f"{APPLY}: 'vae': {weights.name}"):
-            check_vae(vae, weights.config["features"])
+            check_feature_width(vae, weights.config["features"])
             seeing = lq_vae(vae, weights.tensors)
         features, again = encoded_pictures(vae, pictures, lambda given: seeing.encode(given).float(), APPLY)
         network = inference_patcher(weights, anatomy)

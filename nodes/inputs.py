@@ -51,7 +51,7 @@ def usable_mask(mask: Tensor | None, node: str) -> Tensor | None:
     if mask is None:
         return None
     if not mask.numel():
-        raise ValueError(f"{node}: mask holds no pixels (its shape is {tuple(mask.shape)}). Connect a node that gives at least one mask.")
+        raise ValueError(f"{node}: 'mask' holds no pixels (its shape is {tuple(mask.shape)}). Connect a node that gives at least one mask.")
     mask = mask.reshape(-1, *mask.shape[-2:])
     check_finite(mask, node, "mask")
     return mask

@@ -198,7 +198,7 @@ class LearnedPromptConditioning(io.ComfyNode):
             search_aliases=["learned prompt", "embedding", "textual inversion", "soft prompt", "learned text", "YPT"],
             inputs=[
                 WeightsSocket.Input("weights", tooltip="A prompt in place of the text, from Load Mend Weights or Train."),
-                io.Model.Input("model", optional=True, tooltip="When connected, the prompt is checked to be for this model."),
+                io.Model.Input("model", optional=True, tooltip="When connected, checks that the prompt fits this model."),
                 io.Conditioning.Input(
                     "conditioning", optional=True,
                     tooltip="A text that is told as well, with the learned tokens behind it. Prompts are trained without one.",

@@ -75,9 +75,9 @@ class RestorationGuidance(io.ComfyNode):
 
 def _pictures(degraded: Tensor | None, vae: "VAE | None") -> DegradedLatent:
     if degraded is None:
-        raise ValueError(f"{NODE}: nothing says where to stay near; connect 'degraded' and 'vae', or 'latent'")
+        raise ValueError(f"{NODE}: nothing says where to stay near; connect 'degraded' and 'vae', or 'latent'.")
     if vae is None:
-        raise ValueError(f"{NODE}: 'degraded' needs 'vae' to encode it; connect the VAE of the model, or connect 'latent' instead")
+        raise ValueError(f"{NODE}: 'degraded' needs 'vae' to encode it; connect the VAE of the model, or connect 'latent' instead.")
     return DegradedLatent(rgb_pictures(degraded, NODE, "degraded"), vae)
 
 

@@ -8,12 +8,10 @@ from torch import Tensor
 from comfy_api.latest import io
 
 from ..model_patches.framing import rgb_pictures
-from ..samplers.returned_detail import coded, returned_detail
+from ..samplers.returned_detail import NODE, coded, returned_detail
 
 if TYPE_CHECKING:
     from comfy.sd import VAE
-
-NODE = "Return Detail"
 
 
 class ReturnDetail(io.ComfyNode):
@@ -51,7 +49,7 @@ class ReturnDetail(io.ComfyNode):
         """Return the pictures, each with its own detail."""
         results, starts = rgb_pictures(restored, NODE, "restored"), rgb_pictures(start, NODE, "start")
         if starts.shape[1:3] != results.shape[1:3]:
-            sizes = ["{1}x{0}".format(*pictures.shape[1:3]) for pictures in (starts, results)]
+            sizes = ["{1} x {0}".format(*pictures.shape[1:3]) for pictures in (starts, results)]
             raise ValueError(
                 f"{NODE}: 'start' is {sizes[0]} and 'restored' is {sizes[1]}; connect the picture that was encoded, "
                 "from the same Frame Image."

@@ -198,7 +198,7 @@ def _naming_the_node() -> Iterator[None]:
     try:
         yield
     except (ValueError, TrainingError) as error:
-        if str(error).startswith((TRAIN, "Paired Data")):
+        if str(error).startswith((f"{TRAIN}:", "Paired Data:")):
             raise
         kind = TrainingError if isinstance(error, TrainingError) else ValueError
         raise kind(f"{TRAIN}: {error}") from error

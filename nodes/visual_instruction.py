@@ -69,7 +69,7 @@ class EncodeVisualInstruction(io.ComfyNode):
             display_name=ENCODE,
             category="restoration/instruction",
             description="Makes a visual instruction of a test chart before and after damage: it tells a degradation model what to take "
-            "away from your picture. Two equal charts say: nothing.",
+            "away from your picture. Two equal charts mean: change nothing.",
             search_aliases=["visual instruction", "degradation tokens", "show the damage", "defusion", "vq-vae", "encode chart"],
             inputs=[
                 WeightsSocket.Input(
@@ -148,7 +148,7 @@ class EstimateVisualInstruction(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "confidence", default=0.5, min=0.0, max=1.0, step=0.05,
-                    tooltip="Damage the estimator is less sure of than this is left out. Raise it if it sees damage that is not there.",
+                    tooltip="Damage found with less confidence than this is left out. Raise it if it sees damage that is not there.",
                 ),
             ],
             outputs=[

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..model_patches.errors import telling
 from ..model_patches.framing import rgb_pictures
+from ..model_patches.host_vae import check_latent_channels
 from ..model_patches.perceptual import vgg16_weights
 from ..samplers.alignment import Alignment
 from ..samplers.first_guess import first_guess, known_degradation
@@ -20,6 +21,7 @@ from ..samplers.posterior_guidance import NODE as GUIDANCE
 from ..samplers.posterior_guidance import Posterior
 from ..samplers.presets import ALIGNMENTS
 from ..samplers.quality import Quality
+from ..samplers.recurrence import NODE as RENOISING
 from ..samplers.recurrence import RecurrentSampler
 from .inputs import seed_input, usable_mask
 
@@ -33,15 +35,6 @@ QualitySocket = io.Custom("MEND_QUALITY")
 
 OF_PRESET = "-1 keeps the preset's value."
 BELOW = "Acts once sampling has come down to this model timestep (of 1000)."
-
-
-def _check_vae(vae: "VAE", model: "ModelPatcher", node: str) -> None:
-    channels = model.model.latent_format.latent_channels
-    if vae.latent_channels != channels:
-        raise ValueError(
-            f"{node}: 'vae' gives latents of {vae.latent_channels} channels and 'model' works on {channels}; connect the VAE that belongs "
-            "to the model."
-        )
 
 
 def _weight(name: str, most: float, step: float, tooltip: str) -> io.Input:
@@ -154,10 +147,9 @@ class QualityPrior(io.ComfyNode):
         chroma_below: int, clarity_below: int,
     ) -> io.NodeOutput:  # fmt: skip
         """Return the constraints, with model timesteps as fractions of the schedule."""
-        quality = Quality(
-            exposure, exposure_target, exposure_patch, exposure_below / 1000, chroma, chroma_below / 1000, clarity, clarity_below / 1000
-        )
-        return io.NodeOutput(quality)
+        return io.NodeOutput(Quality(exposure=exposure, exposure_target=exposure_target, exposure_patch=exposure_patch,
+                                     exposure_below=exposure_below / 1000, chroma=chroma, chroma_below=chroma_below / 1000,
+                                     clarity=clarity, clarity_below=clarity_below / 1000))
 
 
 class FirstGuess(io.ComfyNode):
@@ -275,10 +267,11 @@ class ApplyPosteriorGuidance(io.ComfyNode):
         mask: Tensor | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         """Return the model under guidance."""
-        _check_vae(vae, model, GUIDANCE)
+        check_latent_channels(vae, model.model, GUIDANCE)
         pictures, mask = rgb_pictures(degraded, GUIDANCE, "degraded"), usable_mask(mask, GUIDANCE)
         through_model, published = gradient == "through model", update == "published"
-        settings = Posterior(strength, t1 / 1000, steps, every, noise, companion, through_model, published, published_scale, tile)
+        settings = Posterior(strength=strength, guide_below=t1 / 1000, steps=steps, every=every, noise=noise, companion=companion,
+                             through_model=through_model, published=published, published_scale=published_scale, tile=tile)
         vgg = None
         if alignment.content_features or alignment.distance_features:
             with telling(f"{GUIDANCE}:"):
@@ -326,7 +319,7 @@ class NoiseMatchedStart(io.ComfyNode):
             raise ValueError(
                 f"Noise-Matched Start: 'at_least' is {at_least:g} and 'steps' {steps}; give a share between 0 and 1, and one step or more."
             )
-        _check_vae(vae, model, "Noise-Matched Start")
+        check_latent_channels(vae, model.model, "Noise-Matched Start")
         pictures = rgb_pictures(image, "Noise-Matched Start")
         start = MatchedStart.of([latent_noise(model, vae, picture) for picture in pictures.split(1)], at_least, noise_seed)
         sigmas = start.sigmas(model.get_model_object("model_sampling"), steps)
@@ -341,7 +334,7 @@ class RecurrentRenoising(io.ComfyNode):
         """Return the node's face."""
         return io.Schema(
             node_id="MendRecurrentRenoising",
-            display_name="Recurrent Re-noising",
+            display_name=RENOISING,
             category="restoration/zero-shot",
             description="Run a sampler again on its own result: noise it part of the way, sample, repeat, as LD-RPS does. On the lab's model "
             "one to three extra rounds cost 0.1 to 0.9 dB; try 0 first. Works with any model.",

@@ -131,7 +131,7 @@ class AlignmentRun:
         return loss, seen
 
     def _target_features(self, target: Tensor, window: Window) -> Tensor:
-        """Perceptual features of a window of the degraded picture; the last are remembered, which most pictures fit into."""
+        """Perceptual features of a window of the degraded picture; kept for the last window, which for most pictures is the whole."""
         place = (*window, *target.shape)
         if self.remembered is None or self.remembered[0] != place:
             with torch.no_grad():

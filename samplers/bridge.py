@@ -20,9 +20,10 @@ import comfy.samplers
 from ..model_patches.host import context_windows, held_mask, is_flow, unit_noise
 from ..model_patches.learned_prompt_patch import trained_times
 from ..model_patches.lq_condition import LatentCondition
+from ..model_patches.published_prompt import T0
 
 NODE = "Bridge Sampler"
-T0, LEAST_TIME, STEPS = 0.4, 1e-4, 20
+LEAST_TIME, STEPS = 1e-4, 20
 YPT, E_BRIDGE = "YPT", "E-Bridge"
 ESTIMATORS = (YPT, E_BRIDGE)
 PUBLISHED_SEED = 42

@@ -25,13 +25,13 @@ Around = Callable[[comfy.samplers.Sampler, Callable[[Tensor], Tensor]], comfy.sa
 class DegradationSpaceSampler(comfy.samplers.Sampler):
     """Runs another sampler on the degradation of the picture that Apply Degradation Diffusion has given to the model.
 
-    From full noise the damage is sampled from noise alone, whatever the latent holds; from less noise, what the latent has less of than the
-    degraded picture counts as found already. Both see latents of pictures only.
+    At full noise the damage is sampled from noise alone, whatever the latent holds. At less noise, damage that is already missing from the
+    latent counts as found. Both work on latents of pictures, not of videos.
 
     Args:
         inner: any host sampler.
-        samples: how many samples of the damage are averaged, where a schedule ends without noise: the mean of several noisy states would
-            have too little of it, so that of a schedule that stops earlier there is one sample only.
+        samples: how many samples of the damage are averaged. A schedule that stops while noise is left gets one: the mean of several noisy
+            states would have too little noise.
     """
 
     def __init__(self, inner: comfy.samplers.Sampler, samples: int = 1) -> None:
@@ -112,7 +112,7 @@ def demand_degradation_space(executor: Any, guider: Any, *args: Any, **kwargs: A
 def _showing(callback: Callable | None, space: Space, found: Tensor, index: int, samples: int) -> Callable | None:
     """A callback for one of several samples, which shows their mean so far.
 
-    How many steps one takes the inner sampler says, which may do more than one walk.
+    The inner sampler reports how many steps one sample takes; it may walk more than once.
 
     Args:
         found: the sum of the samples before this one.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model_patches.framing import pad_to
+from ..model_patches.framing import check_covers, pad_to
 from ..model_patches.host_vae import encode_video, latent_frames, video_pictures
 
 if TYPE_CHECKING:
@@ -48,14 +48,14 @@ class DegradedLatent:
         """
         if len(shape) not in (4, 5):
             raise ValueError(f"{NODE}: the latent has the shape {tuple(shape)}; only pictures and plain video can be guided. Leave this node out "
-                             "for sound and for models that sample several things at once")
+                             "for sound and for models that sample several things at once.")
         raw = self._encoded(shape) if self.latent is None else self._given(shape)
         source = "vae" if self.latent is None else "latent"
         if not raw.isfinite().all():
-            raise ValueError(f"{NODE}: '{source}' gives NaN or infinite values; if a VAE made them, run it in a higher precision")
+            raise ValueError(f"{NODE}: '{source}' gives NaN or infinite values; if a VAE made them, run it in a higher precision.")
         if raw.shape[1] != shape[1]:
             raise ValueError(f"{NODE}: '{source}' gives latents of {raw.shape[1]} channels but the model works on {shape[1]}; use the VAE that belongs "
-                             "to the model")
+                             "to the model.")
         return patcher.get_model_object("process_latent_in")(raw)
 
     def _given(self, shape: torch.Size) -> Tensor:
@@ -63,12 +63,12 @@ class DegradedLatent:
         if len(shape) == 5 and raw.ndim == 4:
             raw = raw.unsqueeze(2)
         if raw.ndim != len(shape):
-            raise ValueError(f"{NODE}: 'latent' has the shape {tuple(raw.shape)} but {tuple(shape)} is sampled; connect a latent of the same model")
+            raise ValueError(f"{NODE}: 'latent' has the shape {tuple(raw.shape)} but {tuple(shape)} is sampled; connect a latent of the same model.")
         if raw.shape[-2:] != shape[-2:]:
             raise ValueError(f"{NODE}: 'latent' is {_size(raw.shape)} cells but {_size(shape)} are sampled; encode the degraded picture at the size that "
-                             "is sampled")
+                             "is sampled.")
         if raw.ndim == 5 and raw.shape[2] not in (1, shape[2]):
-            raise ValueError(f"{NODE}: 'latent' has {raw.shape[2]} frames but {shape[2]} are sampled; give as many, or one for all")
+            raise ValueError(f"{NODE}: 'latent' has {raw.shape[2]} frames but {shape[2]} are sampled; give as many, or one for all.")
         return raw
 
     def _encoded(self, shape: torch.Size) -> Tensor:
@@ -78,13 +78,9 @@ class DegradedLatent:
         return torch.cat([encode_video(self.vae, video) for video in self._videos(pictures, shape[0], shape[2])])
 
     def _padded(self, shape: torch.Size) -> Tensor:
-        """Pad less than a cell; what is too much by less than a cell the VAE crops, as it does in VAE Encode."""
-        cell = self.vae.spacial_compression_encode()
+        """Pad what is short by less than a cell. An excess of less than a cell is cropped by the VAE, as in VAE Encode."""
         height, width = self.pictures.shape[1:3]
-        tall, wide = (side * cell for side in shape[-2:])
-        if abs(tall - height) >= cell or abs(wide - width) >= cell:
-            raise ValueError(f"{NODE}: 'degraded' is {width}x{height} but the latent belongs to a picture of {wide}x{tall}; "
-                             "encode the same picture that you connect here (Frame Image pads both alike)")
+        tall, wide = check_covers((height, width), tuple(shape[-2:]), self.vae.spacial_compression_encode(), NODE)
         return pad_to(self.pictures, (max(tall, height), max(wide, width)))
 
     def _videos(self, pictures: Tensor, batch: int, frames: int) -> list[Tensor]:
@@ -99,10 +95,10 @@ class DegradedLatent:
         if count % batch == 0 and latent_frames(self.vae, count // batch) == frames:
             return list(pictures.split(count // batch))
         raise ValueError(f"{NODE}: 'degraded' holds {count} pictures but the latent is a video of {video_pictures(self.vae, frames)}; give every frame "
-                         "of it, or one picture for all")
+                         "of it, or one picture for all.")
 
 
-def fitted_mask(mask: Tensor, shape: torch.Size) -> Tensor:
+def cell_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     """Return (M, 1, h, w), or with one frame, for latents of a shape: each value is the mean of what lies under its cell.
 
     Args:
@@ -114,4 +110,4 @@ def fitted_mask(mask: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _size(shape: torch.Size) -> str:
-    return f"{shape[-1]}x{shape[-2]}"
+    return f"{shape[-1]} x {shape[-2]}"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..degradations.evaluation import REC709
 from ..model_patches.fpam import upsample_grid
 from .grain import Grain, grain_of
 from .quality import Quality, dark_channel
@@ -19,7 +20,6 @@ LEVELS = 0.005
 LEAST_RANGE = 0.02
 CLARITY_SHARE = 0.95
 LEAST_TRANSMISSION = 0.15
-LUMA = (0.2126, 0.7152, 0.0722)
 # Grain is averaged away before a tone curve is read off a picture or turned round, which would amplify it where the picture is dark.
 POOL = 8
 GRAIN_WINDOW, GRAIN_RADIUS, GRAIN_RANGE = 9, 2.0, 3.0
@@ -67,7 +67,7 @@ def known_degradation(y: Tensor, quality: Quality | None, grid: int, grey: bool)
     curve = torch.linspace(0, 1, CURVE_POINTS).to(y)
     if quality is not None and quality.exposure > 0:
         curve = _tone_curve(_local_means(_clear(y, airlight, transmission)), quality.exposure_target)
-    luma = y.new_tensor(LUMA).expand(3, 3)
+    luma = y.new_tensor(REC709).expand(3, 3)
     return KnownDegradation(curve, luma if grey else torch.eye(3).to(y), airlight, transmission, grain_of(y))
 
 

@@ -1,7 +1,7 @@
 """How much grain a picture has, and how coarse it is.
 
-White noise is read off the finest detail. A picture that was enlarged has none there, and its grain would pass for detail; then it is read off
-the smoothest places: what is left there of a plane is about as much everywhere if it is grain, and not if it is what the picture shows.
+White noise is read off the finest detail. An enlarged picture has none there, and its grain would pass for detail. It is then read off the
+smoothest places, after a plane is fitted to each: what is left is about equal everywhere if it is grain, and not if it is content.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ def grain_like(grain: Grain, shape: torch.Size, generator: torch.Generator) -> T
 
 
 def _unevenness(y: Tensor) -> tuple[float, float, float]:
-    """What is left of a plane in the smoothest places of (1, 3, H, W): deviations of the smoothest 2 %, 10 % and 20 %."""
+    """Residual of a plane fitted to the smoothest places of (1, 3, H, W): deviations of the smoothest 2 %, 10 % and 20 %."""
     height, width = y.shape[-2:]
     stride = max(PLACE // 2, round((height * width / PLACES) ** 0.5))
     places = F.unfold(y[0, :, None], PLACE, stride=stride)

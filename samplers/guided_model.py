@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model_patches.framing import check_covers, pad_to
 from ..model_patches.host import OUT_OF_MEMORY, WrappersMP, add_run_wrappers, is_flow, load_with, reraise_unless_out_of_memory, reserve
 from ..model_patches.host_gradients import (
     casting_layers,
@@ -26,6 +27,9 @@ from .quality import Quality
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import VAE
+
+# Prefix of the key that a run's predictor has among the PREDICT_NOISE wrappers.
+RUN_KEY = "mend_posterior_run"
 
 
 class GuidedModel:
@@ -68,10 +72,10 @@ class GuidedModel:
         batch = noise.shape[0]
         guider = executor.class_obj
         predict = _Predictor(self, noise, sigmas, seed or 0)
-        key = f"mend_posterior_run_{id(predict)}"
+        key = f"{RUN_KEY}_{id(predict)}"
         wrappers = guider.model_options["transformer_options"].setdefault("wrappers", {}).setdefault(WrappersMP.PREDICT_NOISE, {})
         wrappers[key] = [predict]
-        if self.settings.companion and not self.settings.through_model:  # whose way back has no place for them
+        if self.settings.companion and not self.settings.through_model:  # going back through the model leaves no room for companions
             noise, latent_image, denoise_mask = _with_companions(noise, latent_image, denoise_mask, seed or 0)
             callback = _without_companions(callback, batch)
             if kwargs.get("latent_shapes"):
@@ -150,7 +154,7 @@ class _Predictor:
             x0 = executor(leaf, timestep.clone(), options, seed)
             g = self.run.gradient(x0.detach(), sigma)
             scale = sigma**2 / (1 - min(sigma, 0.999)) if is_flow(base.model_sampling) else sigma**2
-            # Of a size that fits into the model's precision on the way back.
+            # Scaled so that the backward pass fits into the model's precision.
             size = g.abs().max().clamp(min=torch.finfo(g.dtype).tiny)
             direction = -scale * size * torch.autograd.grad(x0, leaf, g / size)[0]
         return x0.detach(), g, direction
@@ -159,9 +163,9 @@ class _Predictor:
 def _check_latent(noise: Tensor) -> None:
     """Raise ValueError for what are not latents of pictures; the host lays pictures and sound that are sampled together into one row."""
     if noise.ndim not in (4, 5):
-        raise ValueError(f"{NODE}: the latent holds pictures and sound together; only pictures can be restored")
+        raise ValueError(f"{NODE}: the latent holds pictures and sound together; only pictures can be restored.")
     if noise.ndim == 5 and noise.shape[2] != 1:
-        raise ValueError(f"{NODE}: the latent is a video of {noise.shape[2]} latent frames; restore frames as a batch of pictures instead")
+        raise ValueError(f"{NODE}: the latent is a video of {noise.shape[2]} latent frames; restore frames as a batch of pictures instead.")
 
 
 def fitted_pictures(degraded: Tensor, batch: int, latent_size: tuple[int, int], cell: int) -> Tensor:
@@ -178,12 +182,9 @@ def fitted_pictures(degraded: Tensor, batch: int, latent_size: tuple[int, int], 
     """
     count, height, width = degraded.shape[:3]
     if count not in (1, batch):
-        raise ValueError(f"{NODE}: 'degraded' holds {count} pictures but the latent batch has {batch}; give one picture, or as many as latents")
-    tall, wide = (side * cell for side in latent_size)
-    if abs(tall - height) >= cell or abs(wide - width) >= cell:
-        raise ValueError(f"{NODE}: 'degraded' is {width}x{height} but the latent belongs to a picture of {wide}x{tall}; "
-                         "encode the same picture that you connect here (Frame Image pads both alike)")
-    return _centred(degraded[..., :3].movedim(-1, 1).float(), (tall, wide)).expand(batch, -1, -1, -1).clone(memory_format=torch.contiguous_format)
+        raise ValueError(f"{NODE}: 'degraded' holds {count} pictures but the latent batch has {batch}; give one picture, or as many as latents.")
+    size = check_covers((height, width), latent_size, cell, NODE)
+    return _centred(degraded[..., :3].movedim(-1, 1).float(), size).expand(batch, -1, -1, -1).clone(memory_format=torch.contiguous_format)
 
 
 def fitted_mask(mask: Tensor, picture_size: tuple[int, int], size: tuple[int, int], batch: int) -> Tensor:
@@ -194,7 +195,7 @@ def fitted_mask(mask: Tensor, picture_size: tuple[int, int], size: tuple[int, in
     """
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
     if len(mask) not in (1, batch):
-        raise ValueError(f"{NODE}: 'mask' holds {len(mask)} masks but the latent batch has {batch}; give one mask, or as many as latents")
+        raise ValueError(f"{NODE}: 'mask' holds {len(mask)} masks but the latent batch has {batch}; give one mask, or as many as latents.")
     if mask.shape[-2:] != tuple(picture_size):
         mask = F.interpolate(mask, picture_size, mode="bilinear", antialias=True)
     return _centred(mask, size).expand(batch, -1, -1, -1).clone(memory_format=torch.contiguous_format)
@@ -205,8 +206,7 @@ def _centred(x: Tensor, size: tuple[int, int]) -> Tensor:
     for axis, side in ((-2, size[0]), (-1, size[1])):
         if x.shape[axis] > side:
             x = x.narrow(axis, (x.shape[axis] - side) // 2, side)
-    top, left = ((side - x.shape[axis]) // 2 for axis, side in ((-2, size[0]), (-1, size[1])))
-    return F.pad(x, (left, size[1] - x.shape[-1] - left, top, size[0] - x.shape[-2] - top), mode="replicate")
+    return pad_to(x.movedim(1, -1), size).movedim(-1, 1)
 
 
 def _with_companions(noise: Tensor, latent: Tensor, mask: Tensor | None, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -26,7 +26,7 @@ PROBE_SEED = 0x6D656E64
 
 
 def latent_noise(patcher: "ModelPatcher", vae: "VAE", picture: Tensor) -> float:
-    """Deviation of the noise in a picture's latent, in the model's space: what as much grain does to that latent once more.
+    """Deviation of the noise in a picture's latent, in the model's space: measured by adding as much grain again and encoding both.
 
     Args:
         patcher: of the model, for the space of its latents.

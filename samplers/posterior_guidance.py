@@ -304,7 +304,7 @@ class PosteriorRun:
             loss = loss * (x.numel() / 2)
             if slope is not None:
                 loss = loss + (x * cut(slope, window, x)).sum() * (slope.numel() / 2)
-            # The weight comes after the way back, whose numbers have to fit into the decoder's precision.
+            # Weighted after the backward pass, so that its gradients fit the decoder's precision.
             part, = torch.autograd.grad(loss, leaf)
             g += self._weight(row) * part
             seen.append(Seen(look.detach(), lacks))
@@ -329,7 +329,7 @@ class PosteriorRun:
         """Decode (B, C, h, w) at once and without gradients, where there are tiles and it fits: what tiles are to look like.
 
         Decoders normalise and attend over all they are shown, so that a tile alone comes out in other colours than as a part of the picture.
-        Values are therefore those of the whole, and only the way back goes tile by tile.
+        Values are therefore those of the whole, and only the backward pass goes tile by tile.
         """
         if len(self._regions(z)) == 1 or not self.whole_fits or not self.decoder.fits(z):
             return None
@@ -402,7 +402,7 @@ class PosteriorRun:
                 reraise_unless_out_of_memory(error)
                 if self.tile <= LEAST_TILE:
                     raise MemoryError(f"{NODE}: the decoder's backward pass does not fit in memory even on the smallest tiles; "
-                                      "use a smaller picture for 'degraded' (and the latent), or a lighter 'vae'") from error
+                                      "use a smaller picture for 'degraded' (and the latent), or a lighter 'vae'.") from error
             self.tile = max(LEAST_TILE, self.tile // 2)
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 import comfy.samplers
 
 from ..model_patches.host import interrupt_point, keep_loaded
+from ..model_patches.host_vae import check_latent_channels
 from .posterior_guidance import row_seed
 
 if TYPE_CHECKING:
     from comfy.sd import VAE
 
+NODE = "Recurrent Re-noising"
 log = logging.getLogger(__name__)
 
 
@@ -41,11 +43,11 @@ class RecurrentSampler(comfy.samplers.Sampler):
         """
         base = model_wrap.inner_model
         if self.vae is not None:
-            self._check_vae(base.latent_format.latent_channels)
+            check_latent_channels(self.vae, base, NODE)
         later = round_sigmas(sigmas, float(base.model_sampling.percent_to_sigma(1 - self.gamma)))
         if self.rounds and len(later) > 1 and float(sigmas[-1]) > 0:
             # What comes out is still noisy, and would be noised again as if it were clean.
-            log.warning("Recurrent Re-noising: the sigmas end at %.3f, above 0, so that there are no extra passes. Give it the end of the schedule.",
+            log.warning("%s: the sigmas end at %.3f, above 0, so that there are no extra passes. Give it the end of the schedule.", NODE,
                         float(sigmas[-1]))
             later = sigmas[-1:]
         total = len(sigmas) - 1 + self.rounds * (len(later) - 1)
@@ -60,11 +62,6 @@ class RecurrentSampler(comfy.samplers.Sampler):
             args, shown = of_round(extra_args, later, index), counting(callback, done, total)
             x = self.inner.sample(model_wrap, later, args, shown, fresh, start, denoise_mask, disable_pbar)
         return x
-
-    def _check_vae(self, channels: int) -> None:
-        if self.vae.latent_channels != channels:
-            raise ValueError(f"Recurrent Re-noising: 'vae' gives latents of {self.vae.latent_channels} channels and the model works on {channels}. "
-                             "Connect the VAE that belongs to the model, or none.")
 
     def _reencode(self, base: Any, x: Tensor, denoise_mask: Tensor | None) -> Tensor:
         """Decode and encode picture by picture, since a video VAE takes a batch for frames; what a noise mask holds stays as it is."""

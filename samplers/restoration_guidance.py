@@ -19,7 +19,8 @@ from torch import Tensor
 import comfy.samplers
 
 from ..model_patches.host import WrappersMP, add_run_wrappers, continue_with, is_flow, model_time, signal_level, state_use
-from .degraded_latent import DegradedLatent, fitted_mask
+from .degraded_latent import NODE, DegradedLatent, cell_mask
+from .guided_model import RUN_KEY
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -237,7 +238,7 @@ class RestorationGuidance:
         """Open a run: encode the degraded picture while the model is not yet loaded, and guide whatever sampler is called."""
         guider = executor.class_obj
         latent = self.degraded.fitted(guider.model_patcher, noise.shape)
-        mask = None if self.mask is None else fitted_mask(self.mask, noise.shape)
+        mask = None if self.mask is None else cell_mask(self.mask, noise.shape)
         run = _Run(self.settings, latent, self.degraded.name, mask)
         wrappers = guider.model_options["transformer_options"].setdefault("wrappers", {}).setdefault(WrappersMP.SAMPLER_SAMPLE, {})
         key = f"mend_restoration_run_{id(run)}"
@@ -259,8 +260,8 @@ class _Run:
         rows = _pictures(guider, noise)
         for name, given in ((self.name, self.latent), ("mask", self.mask)):
             if given is not None and len(given) not in (1, rows):
-                raise ValueError(f"Restoration Guidance: '{name}' is for {len(given)} pictures but the latent batch has {rows}; give one, "
-                                 "or as many as there are latents")
+                raise ValueError(f"{NODE}: '{name}' is for {len(given)} pictures but the latent batch has {rows}. Give one, or as many as "
+                                 "there are latents.")
         sampler = guided_sampler(executor.class_obj, self.settings, Target(self.latent, self.mask, rows))
         return continue_with(executor, sampler, guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
@@ -268,7 +269,7 @@ class _Run:
 def _pictures(guider: Any, noise: Tensor) -> int:
     """Rows of the batch that the user asked for: Apply Posterior Guidance may have appended a companion each."""
     groups = guider.model_options["transformer_options"]["wrappers"].get(WrappersMP.PREDICT_NOISE, {})
-    asked = [len(run.noise) for key, runs in groups.items() if str(key).startswith("mend_posterior_run") for run in runs]
+    asked = [len(run.noise) for key, runs in groups.items() if str(key).startswith(RUN_KEY) for run in runs]
     return min([len(noise), *asked])
 
 

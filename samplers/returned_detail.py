@@ -18,6 +18,7 @@ from .grain import grain_of
 if TYPE_CHECKING:
     from comfy.sd import VAE
 
+NODE = "Return Detail"
 # Pixels to each side over which the difference is averaged, and how far above the measured grain detail has to stand: grain that coding
 # kept in part, or that is coarser than the measure sees, shall not come back.
 RADIUS = 4
@@ -43,6 +44,6 @@ def returned_detail(restored: Tensor, start: Tensor, coded: Tensor, strength: fl
 
 def coded(vae: "VAE", picture: Tensor) -> Tensor:
     """Return what (1, H, W, 3) in 0..1 is after the VAE and back, in its own size."""
-    framed, frame = frame_pictures(picture, multiple=vae.spacial_compression_encode())
+    framed, frame = frame_pictures(picture, multiple=vae.spacial_compression_encode(), node=NODE, name="start")
     decoded = vae.decode(vae.encode(framed))
-    return unframe_pictures(decoded.reshape(-1, *decoded.shape[-3:])[:1].float().clamp(0, 1), frame)
+    return unframe_pictures(decoded.reshape(-1, *decoded.shape[-3:])[:1].float().clamp(0, 1), frame, NODE)

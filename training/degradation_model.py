@@ -37,22 +37,22 @@ from ..samplers.degradation_space import DegradationSpaceSampler
 from .denoising import Denoising, DenoisingFromNoise
 from .seeding import generator
 from .trainee import NODE, Batch, Models
+from .validation import VALIDATION_STEPS
 
 if TYPE_CHECKING:
     from .feed import Pairs
 
 CLEAN, OTHER = 0.1, 0.1
 GATE_RATE = 10.0
-# The noise's share of what the model sees, down to which errors of y0 count alike.
+# Least share of noise in what the model sees for errors of y0 to count in full.
 LITTLE = 0.25
 # How many times an error of the model's own output counts at most: x0 of an eps model is up to sigma times as far off.
 MOST = 4.0
-# Damage this much smaller than the mean one (5 dB) counts by its part that is left; weaker damage less and less, since a VAE's own error
-# comes near it.
+# Down to this fraction of the mean damage (-5 dB) a sample counts by the share of its damage that is left; weaker damage counts less, since a
+# VAE's own error is close to it.
 FLOOR = 0.3
 MEASURED = 64
 MEASURED_AT_ONCE = 4
-VALIDATION_STEPS = 8
 
 
 def new_model(models: Models, config: Mapping[str, Any]) -> Weights:

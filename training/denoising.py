@@ -25,8 +25,7 @@ from ..model_patches.host_vae import BACKWARD_FACTOR, encode_pictures
 from .trainee import Models
 
 SMALLEST_FLOW_TIME = 1e-3
-# How many of a flow's times are uniform, and how many of the samples in which noise outweighs the rest show noise alone, where sampling
-# starts from it.
+# Share of a flow's times that are uniform; share of the samples with more noise than signal that show noise alone, as sampling starts.
 EVEN, ALONE = 0.5, 0.5
 
 

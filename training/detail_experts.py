@@ -164,7 +164,7 @@ class DetailExpertsTrainee:
         return loss, figures
 
     def _unlikeness(self, restored: Tensor, clean: Tensor) -> Tensor:
-        """The perceptual distance in parts of what the clean pictures' features hold, since each VAE's latents have a size of their own."""
+        """The perceptual distance relative to the mean square of the clean pictures' features, since each VAE's latents have a scale of their own."""
         with torch.no_grad():
             target = self.perceptual.features(clean)
         return self.perceptual.to_features(restored, target) / target.square().mean()

@@ -78,7 +78,7 @@ class Feed:
 
 @contextmanager
 def feeding(pairs: Pairs, plan: Plan, start: int, stop: int) -> Iterator[Feed]:
-    """Offer a Feed for as long as the context is open; samples nobody waits for any more are not made."""
+    """Offer a Feed for as long as the context is open; samples that nobody waits for any more are dropped."""
     pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="mend-pairs")
     try:
         yield Feed(pairs, plan, start, stop, pool)

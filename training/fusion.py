@@ -5,7 +5,7 @@ trains the whole denoiser, as a fine-tune does; a LoRA stands for it where that 
 equal chance, as the paper draws its tasks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..model_patches.fine_tune import FINE_TUNE_RATE, FineTune, model_change
 from ..model_patches.fusion_patch import FUSION, FusionPatch, check_fit, grown, network_of, new_fusion
 from ..model_patches.host import for_training, trained_operations
 from ..model_patches.lq_condition import FeatureCondition, LatentCondition
-from ..model_patches.lq_encoder import LQEncoder, check_vae, frozen_features
+from ..model_patches.lq_encoder import LQEncoder, check_feature_width, frozen_features
 from ..model_patches.robust_encoder import ENCODER
 from ..model_patches.weights_file import Weights, load_weights
 from .restoration_adapter import RestorationAdapterTrainee
@@ -80,16 +80,15 @@ class FusionTrainee(RestorationAdapterTrainee):
         self.lora = model_change(models.model.model, self.config)
         learns = any(name.startswith(ENCODER) for name in weights.tensors)
         with telling(f"{NODE}: 'vae': {weights.name}"):
-            check_vae(models.vae, self.config["features"])
+            check_feature_width(models.vae, self.config["features"])
             self.encoder = LQEncoder(models.vae, models.model.model, weights.tensors) if learns else None
         self.load_state_dict(weights.tensors)
 
-    def rate_factors(self) -> Iterator[float]:
+    def rate_factors(self) -> list[float]:
         """The LQ encoder and a fine-tune learn at a tenth of the rate, a LoRA at three tenths: what the model knows should outlive the training."""
         change = FINE_TUNE_RATE if isinstance(self.lora, FineTune) else LORA_RATE
-        for part, rate in ((self.network, 1.0), (self.lora, change), (self.encoder, ENCODER_RATE)):
-            if part is not None:
-                yield from (rate for _ in part.parameters())
+        parts = ((self.network, 1.0), (self.lora, change), (self.encoder, ENCODER_RATE))
+        return [rate for part, rate in parts if part is not None for _ in part.parameters()]
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, float]]:
         """Denoise the clean latent beside the degraded picture: mean absolute error of the model's own output."""
@@ -98,8 +97,7 @@ class FusionTrainee(RestorationAdapterTrainee):
             dropped = float(torch.rand((), generator=generator)) < TEXT_DROP
             texts.append("" if dropped else caption)
         e = self.network.embed(self._features(batch.degraded))
-        extra = {self.condition.key: torch.cat([e, torch.ones_like(e[:, :1])], 1)}
-        loss = self.denoising.loss(self.denoising.encode(batch.clean), texts, generators, extra, absolute=True)
+        loss = self.denoising.loss(self.denoising.encode(batch.clean), texts, generators, self._extra(batch.degraded, e), absolute=True)
         return loss, {"denoising": float(loss.detach())}
 
     def restoring(self, pictures: Tensor) -> Any:

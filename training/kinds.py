@@ -78,5 +78,5 @@ def new_weights(kind: str, models: Models, config: Mapping[str, Any]) -> Weights
 def _known(kind: str) -> Kind:
     if kind not in KINDS:
         raise ValueError(f"weights of the kind {in_words(kind)} cannot be trained; there are "
-                         f"{', '.join(sorted(KINDS)) or 'none yet'}.")
+                         f"{', '.join(sorted(KINDS))}.")
     return KINDS[kind]

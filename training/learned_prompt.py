@@ -23,12 +23,12 @@ from ..samplers.bridge import Bridge, bridge_sigmas
 from .bridge import BridgeObjective
 from .denoising import Denoising
 from .trainee import NODE, Batch, Models
+from .validation import VALIDATION_STEPS
 
 # The alphas multiply whole tokens: they need steps of their own size.
 ALPHA_RATE = 10.0
 # FLUX's texts have as many tokens at least, unless somebody asks for fewer; what is more than a prompt has is cut where it is attached.
 FLUX_TOKENS = 256
-VALIDATION_STEPS = 8
 
 
 def new_learned_prompt(models: Models, config: Mapping[str, Any]) -> Weights:

@@ -46,7 +46,7 @@ class Draw:
 
     @classmethod
     def of(cls, generator: torch.Generator) -> "Draw":
-        """Draw always the same count of numbers."""
+        """Always draw the same number of random numbers."""
         places = [uniform(generator, 0, 1) for _ in range(4)]
         return cls(*places, int(torch.randint(2**63 - 1, (), generator=generator)))
 

@@ -17,9 +17,9 @@ from ..model_patches.robust_encoder import ENCODER, RobustEncoder, encoder_tenso
 from ..model_patches.weights_file import Weights, part_of
 from .denoising import Denoising
 from .trainee import NODE, Batch, Models
+from .validation import VALIDATION_STEPS
 
 TEXT_DROP, LQ_TARGET = 0.1, 0.1
-VALIDATION_STEPS = 8
 
 
 def new_adapter(models: Models, config: Mapping[str, Any]) -> Weights:

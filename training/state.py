@@ -20,8 +20,8 @@ from .trainee import Trainee
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
-# Losses are this many powers of two larger on their way back, less one for each step that was lost: in models that compute in fp16,
-# gradients of a mean over a whole picture would vanish. To other precisions it makes no difference.
+# Losses are scaled by 2 to this power for the backward pass, less one for each lost step: in models that compute in fp16, gradients of a mean
+# over a whole picture would vanish. Other precisions see no difference.
 LOSS_EXPONENT = 14
 # Steps in a row whose gradient is not finite, after which going on is of no use.
 MOST_LOST_STEPS = 10

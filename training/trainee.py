@@ -75,23 +75,24 @@ class Trainee(Protocol):
 
     Attributes:
         kind: the kind of weights, as it stands in their file.
+        family: of models that they fit, as it stands in their file.
         config: everything that is not in the shapes, as it stands in their file.
-        at_step: a method that is told the number of each step before its losses; may be left out.
-        wants_charts: side in pixels of the test charts that come with its samples; may be left out, or 0, for none.
+
+    What it may have besides:
+        at_step(step: int): told the number of each step before its losses.
+        wants_charts: int: side in pixels of the test charts that come with its samples; 0 for none.
+        prepare(pairs: Pairs, seed: int): called once, attached, before the first step of a run, to measure the data. What it finds has to
+            be part of `state_dict`.
+        statistics() -> Iterator[Tensor]: tensors of float32 that it changes by itself as it learns, which processes average like gradients.
+        rate_factors() -> list[float]: what the learning rate is multiplied by, for each of the parameters.
     """
 
     kind: str
+    family: str
     config: dict[str, Any]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what is trained, always in the same order."""
-
-    # A trainee may also have `prepare(pairs, seed)`: called once, attached, before the first step of a run, to measure the data. What it
-    # finds has to be part of `state_dict`.
-
-    # It may also have `statistics()`: tensors of float32 that it changes by itself as it learns, which processes average like gradients.
-
-    # It may also have `rate_factors()`: what the learning rate is multiplied by for each of the parameters.
 
     def attach(self, models: Models) -> AbstractContextManager[None]:
         """Hang the weights on the models for as long as the context is open, and leave nothing behind.

@@ -10,6 +10,8 @@ from .seeding import generator
 from .trainee import Pair, Trainee
 
 # Pictures that are equal would have no finite PSNR.
+# Sampling steps of a validation picture: enough to follow progress, and cheap.
+VALIDATION_STEPS = 8
 LEAST_ERROR = 1e-10
 
 

@@ -49,6 +49,7 @@ from ...training.sources import good_folder  # noqa: E402
 from ...training.trainee import Batch, Models, Trainee  # noqa: E402
 from . import fusion, nafnet, report  # noqa: E402
 from .adapter import HOME, Watcher, training_pictures  # noqa: E402
+from .full_size import SD_VAE  # noqa: E402
 from .fusion import TASKS, evaluated  # noqa: E402
 from .ld_rps import RECIPES as ZERO_SHOT  # noqa: E402
 from .published import TRAINED, full_weights, store, weights_of  # noqa: E402
@@ -297,20 +298,18 @@ def shares_table(found: list[dict[str, Any]]) -> str:
 
 # Cost
 
-FULL_VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-            "attn_resolutions": [], "dropout": 0.0}
 COST_SIDE, COST_REPEATS = 192, 3
 COSTS = ("decode", "parameters", "gmac", "of_plain", "seconds", "time_of_plain")
 
 
 def cost_rows(side: int = COST_SIDE) -> list[dict[str, Any]]:
     """Time and operations of one decode at the size of SD's AutoencoderKL with random weights, on one processor core; the smallest of a few times."""
-    module = AutoencoderKL(ddconfig=dict(FULL_VAE), embed_dim=4)
+    module = AutoencoderKL(ddconfig=dict(SD_VAE), embed_dim=4)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.02 if p.ndim > 1 else torch.ones(p.shape))
-    vae = comfy.sd.VAE(sd=module.state_dict(), config={"params": {"ddconfig": dict(FULL_VAE), "embed_dim": 4}})
+    vae = comfy.sd.VAE(sd=module.state_dict(), config={"params": {"ddconfig": dict(SD_VAE), "embed_dim": 4}})
     model, latent = vae.first_stage_model, torch.randn(1, 4, side // 8, side // 8, generator=generator)
     pixels = torch.rand(1, 3, side, side, generator=generator) * 2 - 1
     with torch.inference_mode():

@@ -33,6 +33,11 @@ SD15_UNET = {
     "context_dim": 768, "adm_in_channels": None, "use_spatial_transformer": True, "use_linear_in_transformer": False, "num_heads": 8,
     "legacy": False, "use_checkpoint": False, "use_temporal_attention": False, "use_temporal_resblock": False,
 }  # fmt: skip
+# SD's and SDXL's AutoencoderKL.
+SD_VAE = {
+    "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+    "attn_resolutions": [], "dropout": 0.0,
+}  # fmt: skip
 SD3_MEDIUM = {
     "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 24, "input_size": None, "adm_in_channels": 2048, "qk_norm": None,
     "pos_embed_max_size": 192, "num_patches": 192 * 192, "pos_embed_scaling_factor": None, "x_block_self_attn_layers": [],

@@ -20,11 +20,9 @@ from comfy.ldm.models.autoencoder import AutoencoderKL  # noqa: E402
 from ...model_patches.anatomy import anatomy_of  # noqa: E402
 from ...model_patches.daff import DAFF, PRESETS, layout_of  # noqa: E402
 from ...model_patches.encoder_features import features  # noqa: E402
-from .full_size import FULL_SIZE, FullSize, count_command, empty, macs, parameters  # noqa: E402
+from .full_size import FULL_SIZE, SD_VAE, count_command, empty, macs, parameters  # noqa: E402
 
 PIXELS, FEATURES = 512, 512
-DDCONFIG = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4],
-            "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}  # fmt: skip
 INTRODUCTION = """## What degradation-aware feature fusion costs: `python dev bench fusion_cost`
 
 Counted on the host's full-size networks without weights (meta tensors), one evaluation of a picture of 512 pixels. The condition embedding and the LQ
@@ -33,7 +31,7 @@ timed.
 """
 
 
-def step_macs(size: FullSize, network: DAFF) -> float:
+def step_macs(network: DAFF) -> float:
     """One evaluation of the fusion."""
     cells, layout = PIXELS // 8, network.layout
     x = empty(1, (cells // layout.patch) ** 2, layout.channels) if layout.tokens else empty(1, layout.channels, cells, cells)
@@ -43,7 +41,7 @@ def step_macs(size: FullSize, network: DAFF) -> float:
 def encoder_row() -> dict[str, Any]:
     """The LQ encoder of SD and SDXL."""
     with torch.device("meta"):
-        vae = AutoencoderKL(ddconfig=DDCONFIG, embed_dim=4).half()
+        vae = AutoencoderKL(ddconfig=dict(SD_VAE), embed_dim=4).half()
     cost = macs(lambda: features(vae, empty(1, 3, PIXELS, PIXELS)))
     # The hook sees the middle block's output, and what runs after it is next to nothing.
     unused = parameters(vae.encoder.norm_out) + parameters(vae.encoder.conv_out)
@@ -61,7 +59,7 @@ def measure(names: list[str]) -> list[dict[str, Any]]:
         for preset in PRESETS:
             with torch.device("meta"):
                 network = DAFF(layout_of(anatomy_of(model), preset, FEATURES), comfy.ops.manual_cast, dtype=torch.float16)
-            cost = step_macs(size, network)
+            cost = step_macs(network)
             rows.append({"model": name, "part": f"fusion, {preset}", "parameters": parameters(network), "gmac": cost / 1e9, "of_base": cost / base})
             embedding = macs(lambda: network.embed(empty(1, FEATURES, PIXELS // 8, PIXELS // 8)))
         rows.append({"model": name, "part": "condition embedding, once a picture", "parameters": parameters(network.embedding),

@@ -31,12 +31,10 @@ class Case:
     """One damaged photograph.
 
     Attributes:
-        scene: name of the scene.
         clean, degraded: (1, H, W, 3) in 0..1.
         caption: words for the prompt.
     """
 
-    scene: str
     clean: Tensor
     degraded: Tensor
     caption: str
@@ -48,7 +46,7 @@ def cases(scene: str, degradation: str, seed: int) -> tuple[Case, ...]:
     made = []
     for name in SCENES[scene]:
         clean = evaluation_photograph(name).permute(1, 2, 0)[None]
-        made.append(Case(scene, clean, eight_bit(degrade(clean, degradation, seed)), CAPTIONS[scene]))
+        made.append(Case(clean, eight_bit(degrade(clean, degradation, seed)), CAPTIONS[scene]))
     return tuple(made)
 
 

@@ -21,8 +21,8 @@ INTRODUCTION = """## UniLDiff: `python dev bench unildiff --prior {prior}`
 A small-scale reproduction on the lab prior (lab/README.md). One set of weights for {tasks}. The adapter learns with a
 LoRA of rank {rank} in {fusion_steps} steps of {fusion_batch} crops of {fusion_crop} px; DAFF in as many on the same crops, the first {alone} alone, the others with
 such a LoRA or, where it says so, with all weights of the denoiser at a tenth of the rate. Sampled from pure noise in {sampling} Euler steps
-without a prompt. Detail experts are those that come with the pack; what others reach with their budget, who of them works where and what they cost
-print `python dev bench detail_experts` and its option `--alone`.
+without a prompt. Detail experts are those that come with the pack; `python dev bench detail_experts` prints which expert works where and what they cost;
+with `--alone`, what other networks reach on the same budget.
 Four scenes, seeds as named; PSNR in dB, GMSD is better when smaller. The column gain is PSNR less that of the plain decode of the same
 latents. Latents "of the clean picture" are what no restorer can do better than: the plain decode of them is the ceiling that the VAE sets to all others.
 LD-RPS runs with the recipes of `python dev bench ld_rps`, which were chosen on these photographs.

@@ -61,7 +61,7 @@ def test_charts_that_do_not_go_together_are_refused(weights):
         instruction_of(weights, torch.rand(1, 32, 64, 3), torch.rand(1, 32, 32, 3), "", "Test")
     with pytest.raises(ValueError, match="Test: 'degraded' holds 1 of 32 x 32 pixels, and 'clean' 2 of"):
         instruction_of(weights, torch.rand(1, 32, 32, 3), torch.rand(2, 32, 32, 3), "", "Test")
-    with pytest.raises(ValueError, match="Test: degraded has NaN"):
+    with pytest.raises(ValueError, match="Test: 'degraded' has NaN"):
         instruction_of(weights, torch.full((1, 32, 32, 3), torch.nan), torch.rand(1, 32, 32, 3), "", "Test")
 
 

@@ -282,7 +282,7 @@ def test_less_than_a_cell_is_padded_or_cut():
 
 @pytest.mark.parametrize(("height", "width"), [(56, 72), (64, 80), (72, 64)])
 def test_pictures_of_another_size_are_refused(height, width):
-    with pytest.raises(ValueError, match=f"{NODE}: 'degraded' is {width}x{height} but the latent belongs to a picture of 72x64; connect the picture"):
+    with pytest.raises(ValueError, match=f"{NODE}: 'degraded' is {width} x {height} but the latent belongs to a picture of 72 x 64. Connect the picture"):
         fitted_pictures(pictures(1, height, width), torch.Size((1, 4, 8, 9)), 8, NODE)
 
 

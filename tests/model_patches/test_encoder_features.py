@@ -9,7 +9,7 @@ import comfy.utils
 from mend.lab.prior import WEIGHTS
 from mend.model_patches.encoder_features import feature_channels, feature_vae, features
 from mend.model_patches.host_gradients import gradients
-from mend.model_patches.lq_encoder import LQEncoder, check_vae, frozen_features, lq_encoder_tensors, lq_features
+from mend.model_patches.lq_encoder import LQEncoder, check_feature_width, frozen_features, lq_encoder_tensors, lq_vae
 from mend.model_patches.robust_encoder import ENCODER
 from mend.tests import tiny_models
 from mend.tests.model_patches.adapters import base
@@ -23,6 +23,10 @@ def lab_vae():
 VAES = {"usual": tiny_models.vae, "16 channels": lambda: tiny_models.vae(16), "lab": lab_vae, "video": video_vae}
 WIDTHS = {"usual": 32, "16 channels": 32, "lab": 64, "video": 32}
 every_vae = pytest.mark.parametrize("kind", VAES)
+
+
+def lq_features(vae, pictures, tensors):
+    return lq_vae(vae, tensors).encode(pictures).float()
 
 
 def picture(*shape, seed=0):
@@ -135,10 +139,10 @@ def test_it_learns_as_it_looks(kind):
 def test_other_vaes_are_refused():
     vae = tiny_models.vae()
     with pytest.raises(ValueError, match="was made for a VAE with 64 encoder features, and this one has 32. Connect the VAE it was trained with."):
-        check_vae(vae, 64)
+        check_feature_width(vae, 64)
     vae.first_stage_model = nn.Identity()
     with pytest.raises(ValueError, match="was made for another VAE: VAEs of the kind Identity are not supported. Use that of SD1.5"):
-        check_vae(vae, 32)
+        check_feature_width(vae, 32)
     vae.first_stage_model = None
     with pytest.raises(RuntimeError, match="your checkpoint does not contain a valid VAE"):
-        check_vae(vae, 32)
+        check_feature_width(vae, 32)

@@ -92,7 +92,7 @@ def test_cancel_comes_within_a_step(run_prompt):
 
 @pytest.mark.parametrize(("family", "changes", "message"), [
     ("sd15", {"t0": 0.97}, "Bridge Sigmas: t0 is 0.97, and this model knows times above 0 and up to 0.936"),
-    ("sd3", {"window": 16, "overlap": 16}, "Bridge Sampler: overlap is 16 frames and window 16; the overlap has to be shorter"),
+    ("sd3", {"window": 16, "overlap": 16}, "Bridge Sampler: 'overlap' is 16 frames and 'window' 16; the overlap has to be shorter"),
 ])  # fmt: skip
 def test_what_cannot_be_is_said(run_prompt, family, changes, message):
     result = run_prompt(prompt(family, **changes), given={"latent": latent(family, seed=4)}, check=False)

@@ -214,7 +214,7 @@ def test_out_of_memory_is_explained(installed, monkeypatch):
 
 @pytest.mark.parametrize(
     ("image", "message"),
-    [(torch.zeros(0, 8, 8, 3), "image holds no pixels"), (torch.full((1, 8, 8, 3), float("nan")), "image has NaN")],
+    [(torch.zeros(0, 8, 8, 3), "'image' holds no pixels"), (torch.full((1, 8, 8, 3), float("nan")), "'image' has NaN")],
 )
 def test_unusable_pictures_are_refused(installed, image, message):
     with pytest.raises(ValueError, match=f"Describe Degraded Image: {message}"):

@@ -192,11 +192,11 @@ def test_resize_can_leave_the_picture_small(run):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.zeros(0, 8, 8, 3), "image holds no pixels"),
-        (torch.zeros(1, 0, 8, 3), "image holds no pixels"),
-        (torch.zeros(1, 8, 8, 2), "image has 2 channels"),
-        (torch.zeros(8, 8, 3), "image has the shape"),
-        (torch.full((1, 8, 8, 3), float("nan")), "image has NaN or infinite"),
+        (torch.zeros(0, 8, 8, 3), "'image' holds no pixels"),
+        (torch.zeros(1, 0, 8, 3), "'image' holds no pixels"),
+        (torch.zeros(1, 8, 8, 2), "'image' has 2 channels"),
+        (torch.zeros(8, 8, 3), "'image' has the shape"),
+        (torch.full((1, 8, 8, 3), float("nan")), "'image' has NaN or infinite"),
     ],
 )
 def test_unusable_pictures_are_refused(refused, image, message):
@@ -207,10 +207,10 @@ def test_unusable_pictures_are_refused(refused, image, message):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.zeros(0, 8, 8), "mask holds no pixels"),
-        (torch.zeros(3, 8, 8), "mask holds 3 pictures for 2 in image"),
-        (torch.zeros(1, 1, 8, 8), "mask has the shape"),
-        (torch.full((1, 8, 8), float("nan")), "mask has NaN or infinite"),
+        (torch.zeros(0, 8, 8), "'mask' holds no pixels"),
+        (torch.zeros(3, 8, 8), "'mask' holds 3 pictures for 2 in 'image'"),
+        (torch.zeros(1, 1, 8, 8), "'mask' has the shape"),
+        (torch.full((1, 8, 8), float("nan")), "'mask' has NaN or infinite"),
     ],
 )
 def test_unusable_masks_are_refused(refused, mask, message):
@@ -220,9 +220,9 @@ def test_unusable_masks_are_refused(refused, mask, message):
 @pytest.mark.parametrize(
     ("depth", "message"),
     [
-        (torch.zeros(0, 8, 8, 3), "depth holds no pixels"),
-        (torch.zeros(3, 8, 8, 3), "depth holds 3 pictures for 2 in image"),
-        (torch.full((1, 8, 8, 1), float("inf")), "depth has NaN or infinite"),
+        (torch.zeros(0, 8, 8, 3), "'depth' holds no pixels"),
+        (torch.zeros(3, 8, 8, 3), "'depth' holds 3 pictures for 2 in 'image'"),
+        (torch.full((1, 8, 8, 1), float("inf")), "'depth' has NaN or infinite"),
     ],
 )
 def test_unusable_depths_are_refused(refused, depth, message):
@@ -231,7 +231,7 @@ def test_unusable_depths_are_refused(refused, depth, message):
 
 def test_mask_and_a_smaller_picture_exclude_each_other(refused):
     message = refused(picture(1, 8, 8, 3), degrade_inputs("resize", keep_size=False), mask=torch.ones(1, 8, 8))
-    assert "Degrade Image: mask cannot be used where the picture becomes smaller. Turn keep_size on" in message
+    assert "Degrade Image: 'mask' cannot be used where the picture becomes smaller. Turn 'keep_size' on" in message
 
 
 @pytest.mark.parametrize(("kind", "setting"), [("jpeg", {"quality": 0}), ("resize", {"method": "lanczos"}), ("rain", {"rain": 2.0})])

@@ -186,7 +186,7 @@ def test_the_model_that_went_in_is_not_changed(run_prompt):
     ({"sample": {"model": ["tiny", 0]}}, {}, "Degradation Space Sampler: 'model' knows no degraded picture"),
     ({"model": ["again", 0]}, {}, "already comes from Apply Degradation Diffusion"),
     ({}, {"shown": torch.full((1, 64, 64, 3), torch.nan)}, "NaN or infinite"),
-    ({"mask": ["mask", 0]}, {}, "mask holds no pixels"),
+    ({"mask": ["mask", 0]}, {}, "'mask' holds no pixels"),
     ({}, {"shown": picture(1, 64, 96, 3)}, "belongs to a picture of"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_said(run_prompt, changes, values, message):

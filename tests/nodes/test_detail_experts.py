@@ -78,9 +78,9 @@ def test_what_does_not_fit_is_named(run_prompt):
     assert "Decode with Detail Experts: the new detail experts for AutoencoderKL of 4 channels" in message and "another VAE of the same layout" in message
     other = decoding("sd15", GIVEN, degraded=["other", 0]) | {"other": node("TestGiven", name="other")}
     message = failure(run_prompt, other, {**given(), "other": pictures(1, 96, 64)})
-    assert "Decode with Detail Experts: 'degraded' is 64x96 but the latent belongs to a picture of 64x64" in message
+    assert "Decode with Detail Experts: 'degraded' is 64 x 96 but the latent belongs to a picture of 64 x 64" in message
     message = failure(run_prompt, other, {**given(), "other": pictures() * float("nan")})
-    assert "Decode with Detail Experts: degraded has NaN or infinite pixels" in message
+    assert "Decode with Detail Experts: 'degraded' has NaN or infinite pixels" in message
 
 
 def test_a_video_vae_is_refused(run_prompt):

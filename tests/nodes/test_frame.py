@@ -113,12 +113,12 @@ def test_half_precision_pictures():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.zeros(0, 8, 8, 3), "Frame Image: image holds no pixels"),
-        (torch.zeros(1, 0, 8, 3), "Frame Image: image holds no pixels"),
-        (torch.zeros(1, 8, 8, 2), "Frame Image: image has 2 channels"),
-        (torch.zeros(8, 8, 3), "Frame Image: image has the shape"),
-        (torch.stack([torch.zeros(8, 8, 3), torch.full((8, 8, 3), float("nan"))]), "Frame Image: image has NaN or infinite .* picture 2 of 2"),
-        (torch.full((1, 8, 8, 3), float("inf")), "Frame Image: image has NaN or infinite"),
+        (torch.zeros(0, 8, 8, 3), "Frame Image: 'image' holds no pixels"),
+        (torch.zeros(1, 0, 8, 3), "Frame Image: 'image' holds no pixels"),
+        (torch.zeros(1, 8, 8, 2), "Frame Image: 'image' has 2 channels"),
+        (torch.zeros(8, 8, 3), "Frame Image: 'image' has the shape"),
+        (torch.stack([torch.zeros(8, 8, 3), torch.full((8, 8, 3), float("nan"))]), "Frame Image: 'image' has NaN or infinite .* picture 2 of 2"),
+        (torch.full((1, 8, 8, 3), float("inf")), "Frame Image: 'image' has NaN or infinite"),
     ],
 )
 def test_unusable_pictures_are_refused(image, message):
@@ -127,14 +127,14 @@ def test_unusable_pictures_are_refused(image, message):
 
 
 def test_too_large_a_scale_is_refused():
-    with pytest.raises(ValueError, match="Frame Image: scale 8 would .* Lower scale"):
+    with pytest.raises(ValueError, match="Frame Image: 'image' would be .* at scale 8, .* Lower 'scale'"):
         frame(torch.zeros(1, 8, 4096, 3), 8.0)
 
 
 @pytest.mark.parametrize("size", [(32, 64), (48, 64), (24, 32), (16, 16)])
 def test_pictures_of_another_size_are_refused(size):
     _, info = frame(picture(1, 20, 31, 3))
-    with pytest.raises(ValueError, match=rf"Unframe Image: image is {size[1]} x {size[0]} pixels, but this frame .* 32 x 32"):
+    with pytest.raises(ValueError, match=rf"Unframe Image: 'image' is {size[1]} x {size[0]} pixels, but this frame .* 32 x 32"):
         unframe(torch.zeros(1, *size, 3), info)
 
 
@@ -145,7 +145,7 @@ def test_host_names_the_node_in_the_error(run_prompt):
         "3": {"class_type": "TestCapture", "inputs": {"value": ["2", 0]}},
     }
     result = run_prompt(prompt, given={"image": torch.full((1, 8, 8, 3), float("nan"))}, check=False)
-    assert not result.success and "Frame Image: image has NaN" in result.error_text()
+    assert not result.success and "Frame Image: 'image' has NaN" in result.error_text()
 
 
 def test_pad_to_is_the_identity_where_nothing_is_missing():

@@ -125,7 +125,7 @@ def test_other_numbers_of_frames_are_refused(run_prompt, patch, count, frames, n
 @pytest.mark.parametrize("bad", UNUSABLE)
 def test_unusable_pictures(run_prompt, patch, bad):
     pictures, reason = UNUSABLE[bad]
-    assert f"{patch.title}: degraded {reason}" in failure(run_prompt, patch.prompt("sd15", GIVEN), patch.given(picture=pictures))
+    assert f"{patch.title}: 'degraded' {reason}" in failure(run_prompt, patch.prompt("sd15", GIVEN), patch.given(picture=pictures))
 
 
 @both

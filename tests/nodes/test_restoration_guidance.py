@@ -96,12 +96,12 @@ def test_grey_and_transparent_pictures_are_taken(run):
 @pytest.mark.parametrize(("values", "inputs", "message"), [
     ({}, {}, "nothing says where to stay near; connect 'degraded' and 'vae', or 'latent'"),
     ({"degraded": picture()}, {}, "'degraded' needs 'vae' to encode it"),
-    ({"degraded": picture(side=80)}, {"vae": ["tiny", 3]}, "'degraded' is 80x80 but the latent belongs to a picture of 64x64"),
+    ({"degraded": picture(side=80)}, {"vae": ["tiny", 3]}, "'degraded' is 80 x 80 but the latent belongs to a picture of 64 x 64"),
     ({"degraded": picture(3)}, {"vae": ["tiny", 3], "batch": 2}, "'degraded' is for 3 pictures but the latent batch has 2"),
-    ({"degraded": picture()[..., :2]}, {"vae": ["tiny", 3]}, "degraded has 2 channels"),
-    ({"degraded": picture() * float("nan")}, {"vae": ["tiny", 3]}, "degraded has NaN or infinite"),
-    ({"degraded": picture(), "mask": torch.zeros(0, 8, 8)}, {"vae": ["tiny", 3]}, "mask holds no pixels"),
-    ({"degraded": picture(), "mask": torch.full((1, 8, 8), float("nan"))}, {"vae": ["tiny", 3]}, "mask has NaN or infinite"),
+    ({"degraded": picture()[..., :2]}, {"vae": ["tiny", 3]}, "'degraded' has 2 channels"),
+    ({"degraded": picture() * float("nan")}, {"vae": ["tiny", 3]}, "'degraded' has NaN or infinite"),
+    ({"degraded": picture(), "mask": torch.zeros(0, 8, 8)}, {"vae": ["tiny", 3]}, "'mask' holds no pixels"),
+    ({"degraded": picture(), "mask": torch.full((1, 8, 8), float("nan"))}, {"vae": ["tiny", 3]}, "'mask' has NaN or infinite"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_said(run_prompt, values, inputs, message):
     result = run_prompt(prompt(given=values, **inputs), given=values, check=False)

@@ -60,9 +60,10 @@ def test_grain_is_measured(run_prompt):
 
 
 @pytest.mark.parametrize(("restored", "start", "reason"), [
-    ((1, 16, 24, 3), (1, 24, 16, 3), "'start' is 16x24 and 'restored' is 24x16"),
+    ((1, 16, 24, 3), (1, 24, 16, 3), "'start' is 16 x 24 and 'restored' is 24 x 16"),
     ((3, 16, 24, 3), (2, 16, 24, 3), "'start' holds 2 pictures and 'restored' 3"),
-    ((1, 16, 24, 3), (1, 16, 24, 2), "start has 2 channels"),
+    ((1, 16, 24, 3), (1, 16, 24, 2), "'start' has 2 channels"),
+    ((1, 1, 16385, 3), (1, 1, 16385, 3), "Return Detail: 'start' would be 16392 x 8 pixels"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(run_prompt, restored, start, reason):
     result = run_prompt(prompt(), given={"restored": picture(*restored), "start": picture(*start)}, check=False)

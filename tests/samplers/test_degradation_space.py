@@ -339,7 +339,7 @@ def test_a_model_without_a_degraded_picture_is_refused():
 
 def test_latents_of_another_picture_or_vae_are_refused():
     patcher = applied("sd15", fresh("sd15"), pictures(1, 64, 96))
-    with pytest.raises(ValueError, match="'degraded' is 96x64 but the latent belongs to a picture of 64x64"):
+    with pytest.raises(ValueError, match="'degraded' is 96 x 64 but the latent belongs to a picture of 64 x 64"):
         sampled(patcher, "sd15")
     with pytest.raises(ValueError, match="2 pictures for a batch of 3"):
         sampled(applied("sd15", fresh("sd15"), pictures(2)), "sd15", batch=3)
@@ -350,7 +350,7 @@ def test_latents_of_another_picture_or_vae_are_refused():
 @pytest.mark.parametrize("form", ["latent", "pixel"])
 def test_what_was_sampled_for_another_picture_or_model_is_refused(form):
     patcher = applied("sd15", fresh("sd15", form), pictures(1, 64, 96))
-    with pytest.raises(ValueError, match="'degraded' is 96x64 but the latent belongs to a picture of 64x64"):
+    with pytest.raises(ValueError, match="'degraded' is 96 x 64 but the latent belongs to a picture of 64 x 64"):
         removed(patcher, torch.zeros(1, 4, 8, 8))
     with pytest.raises(ValueError, match="Use the VAE of this model"):
         removed(patcher, torch.zeros(1, 16, 8, 12))

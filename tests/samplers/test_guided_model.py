@@ -362,7 +362,7 @@ def test_odd_pictures_fit(size, cells):
 
 @pytest.mark.parametrize("size", [(40, 48), (48, 56), (96, 96)])
 def test_a_cell_or_more_is_refused(size):
-    with pytest.raises(ValueError, match=rf"Apply Posterior Guidance: 'degraded' is {size[1]}x{size[0]} but the latent .* 48x48"):
+    with pytest.raises(ValueError, match=rf"Apply Posterior Guidance: 'degraded' is {size[1]} x {size[0]} but the latent .* 48 x 48"):
         fitted_pictures(torch.zeros(1, *size, 3), 1, (6, 6), 8)
 
 

@@ -12,7 +12,7 @@ import comfy.k_diffusion.sampling
 import comfy.samplers
 from mend.model_patches.host import noise_to_signal, state_use
 from mend.samplers import restoration_guidance
-from mend.samplers.degraded_latent import DegradedLatent, fitted_mask
+from mend.samplers.degraded_latent import DegradedLatent, cell_mask
 from mend.samplers.recurrence import RecurrentSampler
 from mend.samplers.restoration_guidance import Pull, Restoration, RestorationGuidance, Target, guided_sampler, ramp, step_weights
 from mend.tests import tiny_models
@@ -331,8 +331,8 @@ def test_masks_take_the_mean_under_a_cell():
     mask = torch.zeros(2, 16, 8)
     mask[0, 8:] = 1
     mask[1, :, :2] = 1
-    assert fitted_mask(mask, (2, 4, 2, 1)).flatten(1).tolist() == [[0, 1], [0.25, 0.25]]
-    assert fitted_mask(mask, (2, 16, 3, 2, 1)).shape == (2, 1, 1, 2, 1)
+    assert cell_mask(mask, (2, 4, 2, 1)).flatten(1).tolist() == [[0, 1], [0.25, 0.25]]
+    assert cell_mask(mask, (2, 16, 3, 2, 1)).shape == (2, 1, 1, 2, 1)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd3", "wan"])
@@ -533,11 +533,11 @@ def test_the_guided_sampler_is_a_copy_under_the_same_name():
 
 
 @pytest.mark.parametrize(("make", "changes", "message"), [
-    (lambda: DegradedLatent(pictures(1, SIDE + 1), vae_of("sd15")), {}, "'degraded' is 56x56 but the latent belongs to a picture of 48x48"),
+    (lambda: DegradedLatent(pictures(1, SIDE + 1), vae_of("sd15")), {}, "'degraded' is 56 x 56 but the latent belongs to a picture of 48 x 48"),
     (lambda: DegradedLatent(pictures(3), vae_of("sd15")), {"batch": 2}, "'degraded' is for 3 pictures but the latent batch has 2"),
     (lambda: DegradedLatent(pictures(), vae_of("sd3")), {}, "'vae' gives latents of 16 channels but the model works on 4"),
     (lambda: DegradedLatent(latent=torch.zeros(1, 16, SIDE, SIDE)), {}, "'latent' gives latents of 16 channels but the model works on 4"),
-    (lambda: DegradedLatent(latent=torch.zeros(1, 4, 5, SIDE)), {}, "'latent' is 6x5 cells but 6x6 are sampled"),
+    (lambda: DegradedLatent(latent=torch.zeros(1, 4, 5, SIDE)), {}, "'latent' is 6 x 5 cells but 6 x 6 are sampled"),
     (lambda: DegradedLatent(latent=torch.zeros(1, 4, 1, SIDE, SIDE)), {}, "'latent' has the shape (1, 4, 1, 6, 6) but (1, 4, 6, 6) is sampled"),
     (lambda: DegradedLatent(latent=torch.zeros(3, 4, SIDE, SIDE)), {"batch": 2}, "'latent' is for 3 pictures but the latent batch has 2"),
     (lambda: DegradedLatent(latent=torch.full((1, 4, SIDE, SIDE), math.nan)), {}, "'latent' gives NaN or infinite values"),

@@ -152,8 +152,8 @@ def test_connected_pictures():
     ("given", "message"),
     [
         ({"images": []}, "images is an empty list"),
-        ({"images": [torch.rand(1, 9, 9, 2)]}, "Paired Data: images has 2 channels"),
-        ({"images": [torch.full((1, 9, 9, 3), float("nan"))]}, "Paired Data: images has NaN"),
+        ({"images": [torch.rand(1, 9, 9, 2)]}, "Paired Data: 'images' has 2 channels"),
+        ({"images": [torch.full((1, 9, 9, 3), float("nan"))]}, "Paired Data: 'images' has NaN"),
         ({"images": [torch.rand(3, 9, 9, 3)], "texts": ["a", "b"]}, "texts holds 2 captions for 3 pictures"),
         ({"images": [torch.rand(3, 9, 9, 3)], "degraded": [torch.rand(2, 9, 9, 3)]}, "degraded holds 2 pictures for 3 in images"),
     ],

@@ -143,6 +143,11 @@ class AlignmentRun:
         aligned = self.psi(x, window)
         return aligned if mask is None else aligned * cut(mask, window, x)
 
+    def misfit(self, look: Tensor, window: Window, mask: Tensor | None) -> Tensor:
+        """Sum of the squared differences between what `look` returned and the degraded picture."""
+        target = cut(self.y, window, look)
+        return (look - (target if mask is None else target * cut(mask, window, look))).square().sum()
+
     def _residual(self, x: Tensor, aligned: Tensor, y: Tensor, companion: Tensor | None, window: Window) -> Tensor:
         """D2 tells restored minus degraded from restored minus psi(restored)."""
         real = (x - aligned).detach()

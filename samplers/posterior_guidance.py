@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 NODE = "Apply Posterior Guidance"
 # How far psi of a perfect restoration may still lie from y besides noise: half of it sets how hard clean parts are pulled.
 MISFIT = 0.02
+# Q's part in the slope of a step from which its bend is looked after, and how often such a step is halved at most.
+SHARE, HALVINGS = 0.1, 8
 LEAST_TILE = 16
 HALO = 8
 # (top, bottom, left, right) in cells of a latent.
@@ -82,10 +84,14 @@ class Seen:
     Attributes:
         look: psi of it.
         lacks: (1, 3, H, W), or 0: what is missing from the tile when it is decoded alone.
+        x: (1, 3, H, W), the tile itself, 0..1.
+        misfit: sum of the squared differences between psi and the degraded picture.
     """
 
     look: Tensor
     lacks: Tensor | float
+    x: Tensor
+    misfit: Tensor
 
 
 @dataclass
@@ -185,7 +191,8 @@ class PosteriorRun:
                 if time < self.settings.guide_below:
                     if not self._usable(ways[index]):
                         continue
-                    step = self._step_length(row, parts[index], slopes[index], ways[index], self._variance(sigma), None)
+                    z0 = parts[index]
+                    step = self._step_length(row, z0, z0, slopes[index], ways[index], self._variance(sigma), None, time)
                     parts[index] = parts[index] + step.clamp(max=1.0) * ways[index]
             return torch.cat(parts)
 
@@ -246,7 +253,7 @@ class PosteriorRun:
             else:
                 beta = ((g * (g - before)).sum() / before.square().sum().clamp(min=1e-30)).clamp(min=0)
                 direction = -g + beta * direction
-            step = self._step_length(row, z, g, direction, variance, seen)
+            step = self._step_length(row, z0, z, g, direction, variance, seen, time)
             if not step > 0:
                 break
             z, before = z + step * direction, g
@@ -260,16 +267,44 @@ class PosteriorRun:
                         "(start ComfyUI with --fp32-vae)%s.", NODE, " or set 'gradient' to 'prediction'" if self.settings.through_model else "")
         return finite
 
-    def _step_length(self, row: Row, z: Tensor, g: Tensor, direction: Tensor, variance: float, seen: list[Seen] | None) -> Tensor:
+    def _step_length(self, row: Row, z0: Tensor, z: Tensor, g: Tensor, direction: Tensor, variance: float, seen: list[Seen] | None,
+                     time: float) -> Tensor:
         """Minimum of the quadratic model along a direction: the likelihood's curvature from one more decode, the prior's known."""
         size = direction.square().mean().sqrt()
         if size == 0 or not torch.isfinite(size):
             return z.new_zeros(())
         probe = 0.1 * variance**0.5 / size
         with torch.no_grad():
-            change = self._with_smaller_tiles(self._change, row, z, z + probe * direction, seen)
-        curvature = self._weight(row) * change / probe**2 + direction.square().sum() / variance
-        return torch.nan_to_num(-(g * direction).sum() / curvature, nan=0.0).clamp(min=0)
+            here, there = self._with_smaller_tiles(self._both_looks, row, z, z + probe * direction, seen)
+            change = sum((a.look - b.look).square().sum() for a, b in zip(here, there))
+            slope, curvature = (g * direction).sum(), self._weight(row) * change / probe**2 + direction.square().sum() / variance
+            step = torch.nan_to_num(-slope / curvature, nan=0.0).clamp(min=0)
+            fall = self._weight(row) / 2 * (self._quality_of(row, z, here, time) - self._quality_of(row, z, there, time)) / probe
+            if abs(fall) > -SHARE * slope:
+                step = self._with_smaller_tiles(self._falling, row, z0, z, direction, step, variance, time)
+        return step
+
+    def _falling(self, row: Row, z0: Tensor, z: Tensor, direction: Tensor, step: Tensor, variance: float, time: float) -> Tensor:
+        """Halve a step until the objective is lower behind it than before: how Q bends along it is not in the quadratic model."""
+
+        def objective(z: Tensor) -> Tensor:
+            looks = self._looks(row, z, [0.0] * len(self._regions(z)))
+            likelihood = sum(look.misfit for look in looks) + self._quality_of(row, z, looks, time)
+            return self._weight(row) / 2 * likelihood + (z - z0).square().sum() / (2 * variance)
+
+        before = objective(z)
+        for _ in range(HALVINGS):
+            if objective(z + step * direction) <= before:
+                return step
+            step = step / 2
+        return torch.zeros_like(step)
+
+    def _quality_of(self, row: Row, z: Tensor, looks: list[Seen], time: float) -> Tensor | float:
+        """Q of what was seen, as a sum over pixels; outside the mask too."""
+        if self.quality is None or not self.quality.active(time):
+            return 0.0
+        x = _assembled([look.x for look in looks], self._regions(z))
+        return x.numel() * quality_loss(x, self.quality, time)
 
     def _published_step(self, row: Row, z0: Tensor, companion: Tensor | None, sigma: float, index: int, time: float) -> Tensor:
         """x_next -= s * dL/dx0 on the papers' variance preserving state, as the change of x0 that gives it under Euler or DDIM."""
@@ -307,7 +342,8 @@ class PosteriorRun:
             # Weighted after the backward pass, so that its gradients fit the decoder's precision.
             part, = torch.autograd.grad(loss, leaf)
             g += self._weight(row) * part
-            seen.append(Seen(look.detach(), lacks))
+            look = look.detach()
+            seen.append(Seen(look, lacks, x.detach(), row.alignment.misfit(look, window, row.mask)))
             self.counters.decodes += 1
             self.counters.decoder_backwards += 1
         return g, seen
@@ -320,8 +356,7 @@ class PosteriorRun:
             with torch.no_grad():
                 tiles = [self._decode_window(z, region)[0] for region in regions]
             self.counters.decodes += len(tiles)
-            columns = len({left for _, _, left, _ in regions})
-            whole = torch.cat([torch.cat(tiles[first:first + columns], -1) for first in range(0, len(tiles), columns)], -2)
+            whole = _assembled(tiles, regions)
         leaf = whole.clone().requires_grad_(True)
         return torch.autograd.grad(quality_loss(leaf, self.quality, time), leaf)[0]
 
@@ -343,23 +378,21 @@ class PosteriorRun:
         self.counters.decodes += 1
         return whole
 
-    def _looks(self, row: Row, z: Tensor, lacks: list[Tensor | float]) -> list[Tensor]:
+    def _looks(self, row: Row, z: Tensor, lacks: list[Tensor | float]) -> list[Seen]:
         looks = []
         for region, lack in zip(self._regions(z), lacks):
             x, window = self._decode_window(z, region)
-            looks.append(row.alignment.look(x + lack, window, row.mask))
+            x = x + lack
+            look = row.alignment.look(x, window, row.mask)
+            looks.append(Seen(look, lack, x, row.alignment.misfit(look, window, row.mask)))
             self.counters.decodes += 1
         return looks
 
-    def _change(self, row: Row, z: Tensor, moved: Tensor, seen: list[Seen] | None) -> Tensor:
-        """Squared change of psi between two latents; what was seen at the first is of use while tiles are what they were."""
+    def _both_looks(self, row: Row, z: Tensor, moved: Tensor, seen: list[Seen] | None) -> tuple[list[Seen], list[Seen]]:
+        """Look at two latents; what was seen at the first is of use while tiles are what they were."""
         count = len(self._regions(z))
-        if seen is not None and len(seen) == count:
-            here, lacks = [each.look for each in seen], [each.lacks for each in seen]
-        else:
-            lacks = [0.0] * count
-            here = self._looks(row, z, lacks)
-        return sum((a - b).square().sum() for a, b in zip(here, self._looks(row, moved, lacks)))
+        here = seen if seen is not None and len(seen) == count else self._looks(row, z, [0.0] * count)
+        return here, self._looks(row, moved, [each.lacks for each in here])
 
     def _weight(self, row: Row) -> float:
         return self.settings.strength / row.noise**2
@@ -404,6 +437,12 @@ class PosteriorRun:
                     raise MemoryError(f"{NODE}: the decoder's backward pass does not fit in memory even on the smallest tiles; "
                                       "use a smaller picture for 'degraded' (and the latent), or a lighter 'vae'.") from error
             self.tile = max(LEAST_TILE, self.tile // 2)
+
+
+def _assembled(tiles: list[Tensor], regions: list[Region]) -> Tensor:
+    """Put tiles (1, 3, h, w) of a grid of regions together, row after row."""
+    columns = len({left for _, _, left, _ in regions})
+    return torch.cat([torch.cat(tiles[first:first + columns], -1) for first in range(0, len(tiles), columns)], -2)
 
 
 def row_seed(seed: int, noise: Tensor) -> int:

@@ -132,9 +132,12 @@ def lora_of(weights: Weights) -> dict[str, Tensor]:
 
 
 def with_lora_of(patcher: "ModelPatcher", weights: Weights, strength: float = 1.0) -> "ModelPatcher":
-    """Return a clone with the LoRA of a file; the given patcher itself where that would change nothing."""
+    """Return a clone with the LoRA of a file; a plain one where there is none.
+
+    What else is put on the model goes onto this clone: one that is cloned again dies with its host record left behind.
+    """
     lora = lora_of(weights)
-    return with_lora(patcher, lora, strength) if lora and strength else patcher
+    return with_lora(patcher, lora, strength) if lora and strength else patcher.clone()
 
 
 def _name(path: str) -> str:

@@ -61,7 +61,7 @@ class LatentCondition:
             raise ValueError(f"{self.node}: the {self.WHAT} is {_size(c_lq)} and the one that is sampled {_size(noise)}. "
                              "Encode the same picture that you connect here (Frame Image pads both alike).")
         c_lq = _rows(self.shown(_resized(c_lq, sides), noise), batch, "degraded", self.node)
-        mask = torch.ones_like(c_lq[:, :1]) if self.mask is None else _rows(_latent_mask(self.mask, sides), batch, "mask", self.node)
+        mask = torch.ones_like(c_lq[:, :1]) if self.mask is None else _rows(latent_mask(self.mask, sides), batch, "mask", self.node)
         return torch.cat([c_lq, mask.to(c_lq)], 1).to(noise.device)
 
     def goes_with(self, noise: Tensor) -> bool:
@@ -144,9 +144,14 @@ def _rows(latent: Tensor, batch: int, name: str, node: str) -> Tensor:
     return latent.repeat(batch // len(latent), *[1] * (latent.ndim - 1))
 
 
-def _latent_mask(mask: Tensor, sides: tuple[int, ...]) -> Tensor:
+def latent_mask(mask: Tensor, sides: tuple[int, ...]) -> Tensor:
     """Return (M, 1, *sides): averages over cells. On videos the masks are frames, spread over the latent's frames."""
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().clamp(0, 1)
     if len(sides) == 2 or sides[0] == 1:
         return F.interpolate(mask, sides[-2:], mode="area").reshape(-1, 1, *sides)
+    span, left = divmod(len(mask) - 1, sides[0] - 1)
+    if span and not left:
+        # Video VAEs make the first latent frame of one picture, and each other one of as many as follow it.
+        cells = F.interpolate(mask, sides[-2:], mode="area")
+        return torch.cat([cells[:1], cells[1:].unflatten(0, (-1, span)).mean(1)]).movedim(0, 1).unsqueeze(0)
     return F.interpolate(mask.movedim(0, 1).unsqueeze(0), sides, mode="area")

@@ -29,13 +29,19 @@ def encoded_pictures(vae: "VAE", pictures: Tensor, encode: Callable[[Tensor], Te
         what is encoded, and None where that is all there is. The other gives (N, C, 1, h, w) for one latent frame, and raises a ValueError
         for a video of another length.
     """
+    def encoded(pictures: Tensor) -> Tensor:
+        latents = encode(pictures)
+        if not latents.isfinite().all():
+            raise ValueError(f"{node}: 'vae' gives NaN or infinite values. Run it in a higher precision (start ComfyUI with --fp32-vae).")
+        return latents
+
     if video_pictures(vae, 2) == 2:  # it knows pictures only
-        return encode(pictures), None
+        return encoded(pictures), None
     count = len(pictures)
 
     @cache
     def singly() -> Tensor:
-        return torch.cat([encode(picture) for picture in pictures.split(1)])
+        return torch.cat([encoded(picture) for picture in pictures.split(1)])
 
     def again(frames: int) -> Tensor:
         if frames == 1:
@@ -43,4 +49,4 @@ def encoded_pictures(vae: "VAE", pictures: Tensor, encode: Callable[[Tensor], Te
         raise ValueError(f"{node}: 'degraded' holds {count} and the latent is a video of {video_pictures(vae, frames)} pictures. "
                          "Give every frame of it.")
 
-    return singly() if latent_frames(vae, count) == 1 else encode(pictures), again
+    return singly() if latent_frames(vae, count) == 1 else encoded(pictures), again

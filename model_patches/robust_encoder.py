@@ -28,13 +28,19 @@ def encoder_tensors(vae: "VAE", encode: Callable[[nn.Module, Tensor], Tensor] | 
     Args:
         vae: the user's.
         encode: (first stage model, pixels) -> what is encoded; a latent without it.
+
+    Raises:
+        ValueError: for a VAE whose encoder has no weights.
     """
     module = float_copy(vae)
     with gradients():
         module.requires_grad_(True)
         pixels = torch.zeros(1, 3, PROBE, PROBE) if vae.latent_dim == 2 else torch.zeros(1, 3, 1, PROBE, PROBE)
         names, parameters = zip(*module.named_parameters())
-        used = torch.autograd.grad((module.encode(pixels) if encode is None else encode(module, pixels)).sum(), parameters, allow_unused=True)
+        encoded = (module.encode(pixels) if encode is None else encode(module, pixels)).sum()
+        if not encoded.requires_grad:
+            raise ValueError("this VAE has no encoder that could learn. Connect one that makes latents, or none.")
+        used = torch.autograd.grad(encoded, parameters, allow_unused=True)
     return {ENCODER + name: p.detach().clone() for name, p, gradient in zip(names, parameters, used) if gradient is not None and p.ndim > 0}
 
 

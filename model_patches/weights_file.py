@@ -100,6 +100,8 @@ def load_weights(file: Path) -> Weights:
         config = json.loads(metadata["mend.config"])
     except json.JSONDecodeError as error:
         raise ValueError(f"{file.name} was not made by this pack: its description is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file.name} was not made by this pack: its description is {metadata['mend.config'][:40]!r}, and not a set of values.")
     return Weights(metadata["mend.kind"], metadata["mend.family"], config, tensors, file.name)
 
 

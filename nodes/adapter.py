@@ -16,7 +16,7 @@ from ..model_patches.lq_condition import LatentCondition
 from ..model_patches.lq_pictures import Encoding, encoded_pictures
 from ..model_patches.robust_encoder import encoder_tensors, with_encoder
 from ..model_patches.weights_file import Weights
-from .inputs import percent_inputs, seed_input
+from .inputs import percent_inputs, seed_input, usable_mask
 from .weights import WeightsSocket
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class NewRestorationAdapter(io.ComfyNode):
         with telling(f"{NEW}: 'model':"):
             weights = new_weights(model.model, SIZES[size], lora_rank, seed)
         if vae is not None:
-            weights.tensors.update(encoder_tensors(vae))
+            with telling(f"{NEW}: 'vae':"):
+                weights.tensors.update(encoder_tensors(vae))
         return io.NodeOutput(weights)
 
 
@@ -98,8 +99,8 @@ class ApplyRestorationAdapter(io.ComfyNode):
                 io.Image.Input("degraded", optional=True, tooltip="The damaged picture, or frames of a video. Needs vae."),
                 io.Vae.Input("vae", optional=True, tooltip="The VAE of the model, to encode the damaged picture."),
                 io.Latent.Input("latent", optional=True, tooltip="Instead of degraded and vae: the damaged picture as it was encoded."),
-                io.Mask.Input("mask", optional=True, tooltip="White where the adapter acts; black parts are left to the model."),
-                *percent_inputs(),
+                io.Mask.Input("mask", optional=True, tooltip="White where the adapter acts; black parts are left to the model with its LoRA."),
+                *percent_inputs("The LoRA that was trained along acts all the time."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the adapter, for any sampler.")],
         )  # fmt: skip
@@ -111,9 +112,9 @@ class ApplyRestorationAdapter(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         """Return the patched model."""
         anatomy = check_fit(weights, model.model, APPLY)
-        patched = model.clone()
         if strength == 0:
-            return io.NodeOutput(patched)
+            return io.NodeOutput(model.clone())
+        patched = with_lora_of(model, weights, lora_strength)
         if weights.config["size"] != "none":
 
             def seen(raw: Tensor) -> Tensor:
@@ -125,10 +126,10 @@ class ApplyRestorationAdapter(io.ComfyNode):
 
             c_lq, again = cls._latent(weights, degraded, vae, latent, seen)
             network = inference_patcher(weights, anatomy)
-            condition = LatentCondition(free_key(patched, "mend_adapter"), c_lq, mask, APPLY, again)
+            condition = LatentCondition(free_key(patched, "mend_adapter"), c_lq, usable_mask(mask, APPLY), APPLY, again)
             AdapterPatch(network.model, anatomy, condition, strength, start_percent, end_percent).attach(patched)
             load_with(patched, condition.key, [network])
-        return io.NodeOutput(with_lora_of(patched, weights, lora_strength))
+        return io.NodeOutput(patched)
 
     @classmethod
     def _latent(

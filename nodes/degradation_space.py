@@ -27,7 +27,7 @@ from ..model_patches.host import WrappersMP, free_key, load_with
 from ..model_patches.irb import SIZES
 from ..model_patches.weights_file import Weights
 from ..samplers.degradation_space import NODE as SAMPLER
-from ..samplers.degradation_space import DegradationSpaceSampler, degradation_of, demand_degradation_space
+from ..samplers.degradation_space import DegradationSpaceSampler, check_inner, degradation_of, demand_degradation_space
 from .inputs import percent_inputs, samples_of, seed_input, usable_mask
 from .visual_instruction import MendInstruction
 from .weights import WeightsSocket
@@ -147,12 +147,11 @@ class ApplyDegradationDiffusion(io.ComfyNode):
         check_cell(weights.config["cell"], vae, APPLY)
         tokens = checked_instruction(weights, instruction, APPLY)
         picture = DegradedPicture(rgb_pictures(degraded, APPLY, "degraded"), vae, APPLY)
-        patched, network = model.clone(), inference_patcher(weights, plan)
+        patched, network = with_lora_of(model, weights), inference_patcher(weights, plan)
         condition = DegradationCondition(free_key(patched, "mend_degradation"), picture, tokens, instruction_cfg, APPLY)
         DegradationPatch(network.model, plan, condition, start_percent, end_percent).attach(patched)
         patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, f"{condition.key}_space", demand_degradation_space)
         load_with(patched, condition.key, [network])
-        patched = with_lora_of(patched, weights)
         deviation = float(weights.tensors[DEVIATION])
         patched.set_attachments(ATTACHMENT, Degradation(picture, weights.config["form"], deviation, strength, usable_mask(mask, APPLY)))
         return io.NodeOutput(patched)
@@ -185,6 +184,7 @@ class SampleDegradationSpace(io.ComfyNode):
     @classmethod
     def execute(cls, sampler: comfy.samplers.Sampler, samples: int) -> io.NodeOutput:
         """Return the sampler."""
+        check_inner(sampler)
         return io.NodeOutput(DegradationSpaceSampler(sampler, samples))
 
 

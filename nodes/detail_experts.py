@@ -94,7 +94,8 @@ class DecodeWithDetailExperts(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "tile_size", default=0, min=0, max=4096, step=64, advanced=True,
-                    tooltip="Decode in tiles of this many pixels. 0: the whole picture at once, tiles only if memory runs out.",
+                    tooltip="Decode in tiles of this many pixels, with the default window and overlap at least 512. 0: the whole picture at once, tiles only "
+                    "if memory runs out.",
                 ),
                 io.Int.Input(
                     "overlap", default=128, min=0, max=1024, step=64, advanced=True,

@@ -17,7 +17,7 @@ from ..model_patches.lq_condition import FeatureCondition
 from ..model_patches.lq_encoder import check_feature_width, lq_vae
 from ..model_patches.lq_pictures import encoded_pictures
 from ..model_patches.weights_file import Weights
-from .inputs import percent_inputs, seed_input
+from .inputs import percent_inputs, seed_input, usable_mask
 from .weights import WeightsSocket
 
 if TYPE_CHECKING:
@@ -114,12 +114,12 @@ class ApplyFusion(io.ComfyNode):
                     "strength", default=1.0, min=0.0, max=2.0, step=0.01,
                     tooltip="How much the model listens to the fusion. 0 is the model itself, without what else was trained along.",
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="White where the fusion acts; black parts are left to the model."),
+                io.Mask.Input("mask", optional=True, tooltip="White where the fusion acts; black parts are left to the model with its LoRA, if one was trained along."),
                 io.Float.Input(
                     "lora_strength", default=1.0, min=-2.0, max=2.0, step=0.01, advanced=True,
                     tooltip="Strength of what was trained along, a LoRA or fine_tune; without either it does nothing.",
                 ),
-                *percent_inputs(),
+                *percent_inputs("What was trained along, a LoRA or fine_tune, acts all the time."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the fusion, for any sampler.")],
         )  # fmt: skip
@@ -131,19 +131,19 @@ class ApplyFusion(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         """Return the patched model."""
         anatomy = check_fit(weights, model.model, APPLY)
-        patched = model.clone()
         if strength == 0:
-            return io.NodeOutput(patched)
+            return io.NodeOutput(model.clone())
         pictures = rgb_pictures(degraded, APPLY, "degraded")
         with telling(f"{APPLY}: 'vae': {weights.name}"):
             check_feature_width(vae, weights.config["features"])
             seeing = lq_vae(vae, weights.tensors)
         features, again = encoded_pictures(vae, pictures, lambda given: seeing.encode(given).float(), APPLY)
         network = inference_patcher(weights, anatomy)
-        condition = FeatureCondition(free_key(patched, "mend_fusion"), features, mask, APPLY, network.model.embed, again)
+        patched = with_lora_of(model, weights, lora_strength)
+        condition = FeatureCondition(free_key(patched, "mend_fusion"), features, usable_mask(mask, APPLY), APPLY, network.model.embed, again)
         FusionPatch(network.model, anatomy, condition, strength, start_percent, end_percent).attach(patched)
         load_with(patched, condition.key, [network])
-        return io.NodeOutput(with_lora_of(patched, weights, lora_strength))
+        return io.NodeOutput(patched)
 
 
 NODES = [NewFusion, ApplyFusion]

@@ -11,9 +11,9 @@ from ..model_patches.framing import check_finite
 LARGEST_SEED = 0xFFFFFFFFFFFFFFFF  # as in the host's own nodes
 
 
-def seed_input(tooltip: str, fixed: bool = False, name: str = "seed") -> io.Input:
-    """A seed; `fixed` keeps it from changing after each run, where that would make something new each time."""
-    control = io.ControlAfterGenerate.fixed if fixed else True
+def seed_input(tooltip: str, name: str = "seed") -> io.Input:
+    """A seed that stays as it is after each run: with another one, training would begin anew and damage could not be compared."""
+    control = io.ControlAfterGenerate.fixed
     return io.Int.Input(name, default=0, min=0, max=LARGEST_SEED, control_after_generate=control, tooltip=tooltip)
 
 
@@ -43,7 +43,7 @@ def samples_of(latent: dict[str, Any], node: str, name: str) -> Tensor:
 
 
 def usable_mask(mask: Tensor | None, node: str) -> Tensor | None:
-    """Return a MASK as (N, H, W), None for none.
+    """Return a MASK as (N, H, W) in 0..1, None for none.
 
     Raises:
         ValueError: naming the node, when it holds no pixels, or numbers that are not finite.
@@ -54,4 +54,4 @@ def usable_mask(mask: Tensor | None, node: str) -> Tensor | None:
         raise ValueError(f"{node}: 'mask' holds no pixels (its shape is {tuple(mask.shape)}). Connect a node that gives at least one mask.")
     mask = mask.reshape(-1, *mask.shape[-2:])
     check_finite(mask, node, "mask")
-    return mask
+    return mask.clamp(0, 1)

@@ -28,7 +28,7 @@ class LoadLabPrior(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The denoiser: unet and dit for pictures up to about 512 pixels, pixel to be trained for restoration."),
                 io.Clip.Output(
-                    display_name="clip", tooltip="Its text encoder: knows about 80 words such as bright, warm, red, round, detailed."
+                    display_name="clip", tooltip="Its text encoder: knows 65 words such as bright, warm, red, round, detailed."
                 ),
                 io.Vae.Output(
                     display_name="vae",

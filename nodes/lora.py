@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
@@ -49,7 +51,11 @@ class LoadAnyLora(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise("loras", file)
         if Path(path).suffix.lower() != ".safetensors":
             raise ValueError(f"{NODE}: {file} is not a safetensors file. Other formats can hold programs; convert it first.")
-        tensors, left = native_lora(comfy.utils.load_torch_file(path, safe_load=True), model.model, alpha or None)
+        try:
+            held = comfy.utils.load_torch_file(path, safe_load=True)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{NODE}: {file} is not a safetensors file, or only a part of one ({error}). Download it again.") from error
+        tensors, left = native_lora(held, model.model, alpha or None)
         text = [key for key in left if is_text_encoder_key(key)]
         if not tensors:
             raise ValueError(f"{NODE}: no layer of 'model' is named in {file} ({_some(left)}). It was made for another model.")

@@ -69,6 +69,8 @@ class RestorationGuidance(io.ComfyNode):
         latent: dict[str, Any] | None = None, mask: Tensor | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         """Return the model under guidance."""
+        if latent is not None and degraded is not None:
+            raise ValueError(f"{NODE}: both 'latent' and 'degraded' are connected. Disconnect one of them.")
         source = DegradedLatent(latent=samples_of(latent, NODE, "latent")) if latent is not None else _pictures(degraded, vae)
         return io.NodeOutput(Guidance(Restoration(weight, onset, form == LITERAL), source, usable_mask(mask, NODE)).attach(model))
 

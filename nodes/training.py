@@ -61,7 +61,7 @@ def _basic_inputs() -> list[io.Input]:
             tooltip="Folder in output/mend_training for checkpoints and validation pictures. Other settings under the same name get a new "
             "folder.",
         ),
-        seed_input("Fixes everything random. Leave it as it is to go on with a run; another seed begins a new one.", fixed=True),
+        seed_input("Fixes everything random. Leave it as it is to go on with a run; another seed begins a new one."),
     ]  # fmt: skip
 
 

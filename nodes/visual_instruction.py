@@ -41,7 +41,7 @@ class VisualGround(io.ComfyNode):
             "Degrade Image as your picture was damaged, and Encode Visual Instruction makes an instruction of the difference.",
             search_aliases=["test chart", "resolution chart", "siemens star", "dead leaves", "colour checker", "color chart", "defusion"],
             inputs=[
-                seed_input("Decides which tiles there are, and where.", fixed=True),
+                seed_input("Decides which tiles there are, and where."),
                 io.Int.Input(
                     "size", default=256, min=SMALLEST, max=2048,
                     tooltip="Side of the chart in pixels. Use the one the tokenizer was trained with: 256, or 128 for the lab's.",
@@ -202,7 +202,7 @@ class NewDegradationTokenizer(io.ComfyNode):
                     tooltip="Learn against a critic too, from step 10000 on (lab: 500), so that noise and texture are kept. Costs some "
                     "time.",
                 ),
-                seed_input("Fixes the numbers it starts from.", fixed=True),
+                seed_input("Fixes the numbers it starts from."),
             ],
             outputs=[WeightsSocket.Output(display_name="weights", tooltip="The untrained tokenizer, for Train.")],
         )  # fmt: skip
@@ -230,7 +230,7 @@ class NewDegradationEstimator(io.ComfyNode):
                 WeightsSocket.Input(
                     "weights", tooltip="A trained degradation tokenizer. The estimator's instructions fit models that use the same."
                 ),
-                seed_input("Decides the chart of the bank, and the numbers it starts from.", fixed=True),
+                seed_input("Decides the chart of the bank, and the numbers it starts from."),
             ],
             outputs=[WeightsSocket.Output(display_name="weights", tooltip="The untrained estimator, for Train.")],
         )  # fmt: skip

@@ -94,6 +94,7 @@ class FPAMAlignment(io.ComfyNode):
         at_least_one = {"crop", "grid"}
         if start == "random":
             changes["coarse"] = 1
+            changes.setdefault("grid", 1)  # the paper has one factor a channel
             at_least_one |= {"updates", "warmup"}  # what knows nothing yet must not guide
         for name in changes.keys() & at_least_one:
             changes[name] = max(1, changes[name])
@@ -303,7 +304,7 @@ class NoiseMatchedStart(io.ComfyNode):
                     tooltip="Share of noise to start from even if the picture has less, like denoise: the more, the more the model may "
                     "change.",
                 ),
-                seed_input("Seed of the noise that is added.", fixed=True, name="noise_seed"),
+                seed_input("Seed of the noise that is added.", name="noise_seed"),
             ],
             outputs=[
                 io.Noise.Output(display_name="noise", tooltip="For SamplerCustomAdvanced: what the picture lacks."),

@@ -13,13 +13,20 @@ from ..model_patches.degraded_picture import ATTACHMENT, Degradation, Space
 from ..model_patches.host import WrappersMP, interrupt_point
 from .guided_model import NODE as POSTERIOR
 from .guided_model import GuidedModel
-from .recurrence import of_round, round_noise
+from .recurrence import NODE as RENOISING
+from .recurrence import RecurrentSampler, of_round, round_noise
 
 NODE = "Degradation Space Sampler"
 # Keeps the seeds of samples apart from those of rounds of Recurrent Re-noising around them, which count the same seed up.
 SALT = 0x9D2C_5680_EFC6_0000
 # (a sampler, what picture latents are where it samples) -> the sampler to use in its place.
 Around = Callable[[comfy.samplers.Sampler, Callable[[Tensor], Tensor]], comfy.samplers.Sampler]
+
+
+# Keys of what has learned on pictures, as they begin among a model's wrappers, and the nodes that put it there.
+PICTURE_PATCHES = {
+    "mend_adapter": "Apply Restoration Adapter", "mend_fusion": "Apply Degradation-Aware Fusion", "mend_prompt": "a learned prompt",
+}  # fmt: skip
 
 
 class DegradationSpaceSampler(comfy.samplers.Sampler):
@@ -94,6 +101,21 @@ def samples_degradation(sampler: Any) -> bool:
     return any(samples_degradation(part) for part in vars(sampler).values() if isinstance(part, comfy.samplers.Sampler))
 
 
+def check_inner(sampler: Any) -> None:
+    """Raise a ValueError for samplers that cannot run on damage: one that does so itself, and one that takes its results for pictures."""
+    if samples_degradation(sampler):
+        raise ValueError(f"{NODE}: 'sampler' already comes from {NODE}. Connect the sampler itself, such as KSamplerSelect.")
+    if _reencodes(sampler):
+        raise ValueError(f"{NODE}: 'sampler' is {RENOISING} with a VAE, which would decode the damage as if it were a picture. Disconnect 'vae' "
+                         f"of {RENOISING}, or put {RENOISING} behind {NODE}.")
+
+
+def _reencodes(sampler: Any) -> bool:
+    if isinstance(sampler, RecurrentSampler) and sampler.vae is not None:
+        return True
+    return any(_reencodes(part) for part in vars(sampler).values() if isinstance(part, comfy.samplers.Sampler))
+
+
 def demand_degradation_space(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
     """SAMPLER_SAMPLE wrapper: a model that predicts damage gives garbage to samplers and guidance that take it for a picture.
 
@@ -103,6 +125,11 @@ def demand_degradation_space(executor: Any, guider: Any, *args: Any, **kwargs: A
     if any(isinstance(getattr(wrapper, "__self__", None), GuidedModel) for wrapper in guider.model_patcher.get_all_wrappers(WrappersMP.OUTER_SAMPLE)):
         raise ValueError(f"Apply Degradation Diffusion: {POSTERIOR} is on this model too. This model predicts damage, and {POSTERIOR} would "
                          f"decode it as a picture. Take {POSTERIOR} off the way from the model to the sampler.")
+    keys = guider.model_patcher.wrappers.get(WrappersMP.SAMPLER_SAMPLE, {})
+    others = {node for prefix, node in PICTURE_PATCHES.items() for key in keys if str(key).startswith(prefix)}
+    if others:
+        raise ValueError(f"Apply Degradation Diffusion: {' and '.join(sorted(others))} is on this model too. This model predicts damage, and "
+                         "that has learned on pictures. Use each on a model of its own, one after the other.")
     if not samples_degradation(executor.class_obj):
         raise ValueError("Apply Degradation Diffusion: this model predicts damage, and the sampler takes it for a picture. Put Degradation "
                          "Space Sampler behind the sampler, and sample with SamplerCustom or SamplerCustomAdvanced.")

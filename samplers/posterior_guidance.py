@@ -128,6 +128,7 @@ class PosteriorRun:
         self.counters = Counters()
         self.started = False
         self.sigmas = [float(sigma) for sigma in sigmas]
+        _warn_if_idle(quality, [model_time(model_sampling, sigma) for sigma in self.sigmas[:-1]])
         decoder.prepare()
         perceptual = Perceptual(encoder, vgg)
         self.rows = []
@@ -437,6 +438,15 @@ class PosteriorRun:
                     raise MemoryError(f"{NODE}: the decoder's backward pass does not fit in memory even on the smallest tiles; "
                                       "use a smaller picture for 'degraded' (and the latent), or a lighter 'vae'.") from error
             self.tile = max(LEAST_TILE, self.tile // 2)
+
+
+def _warn_if_idle(quality: Quality | None, times: list[float]) -> None:
+    """Say so if a constraint acts below all steps of a schedule, as flow models' schedules end high."""
+    for name in ("exposure", "chroma", "clarity") if quality is not None and times else ():
+        below = getattr(quality, f"{name}_below")
+        if getattr(quality, name) > 0 and min(times) >= below:
+            log.warning("%s: '%s' of Quality Prior does nothing while sampling: it acts below timestep %.0f, and the last step is at %.0f. Raise "
+                        "'%s_below', or take more steps.", NODE, name, 1000 * below, 1000 * min(times), name)
 
 
 def _assembled(tiles: list[Tensor], regions: list[Region]) -> Tensor:

@@ -8,6 +8,7 @@ In the noise-matched form c_lq carries the noise of z'_t, so that the move is th
 """
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 PAPER_STEPS = 100
 # How near a sampler's sigma must be to the schedule's to be taken for it.
 SAME_SIGMA = 2e-5
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Restoration:
 def ramp(time: float, onset: float) -> float:
     """g of equation 2: 0 up to the onset a, from there straight up to 1 at pure noise."""
     return (time - onset) / (1 - onset) if time > onset else 0.0
+
+
+def schedule_times(model_sampling: Any, sigmas: list[float]) -> list[float]:
+    """Return the model times of a schedule, in 0..1."""
+    return [min(1.0, max(0.0, model_time(model_sampling, sigma))) for sigma in sigmas]
 
 
 def step_weights(times: list[float], weight: float, onset: float) -> list[float]:
@@ -112,8 +119,7 @@ class Pull:
         self.literal, self.target, self.model_sampling, self.held = settings.literal, target, model_sampling, held
         self.flow = is_flow(model_sampling)
         self.sigmas = [float(sigma) for sigma in sigmas]
-        times = [min(1.0, max(0.0, model_time(model_sampling, sigma))) for sigma in self.sigmas]
-        self.weights = step_weights(times, settings.weight, settings.onset)
+        self.weights = step_weights(schedule_times(model_sampling, self.sigmas), settings.weight, settings.onset)
         self.due = set(range(1, len(self.sigmas)))
         self.x0: Tensor | None = None
 
@@ -262,6 +268,10 @@ class _Run:
             if given is not None and len(given) not in (1, rows):
                 raise ValueError(f"{NODE}: '{name}' is for {len(given)} pictures but the latent batch has {rows}. Give one, or as many as "
                                  "there are latents.")
+        times = schedule_times(guider.inner_model.model_sampling, sigmas.tolist())
+        if len(times) > 1 and not any(step_weights(times, self.settings.weight, self.settings.onset)):
+            log.warning("%s does nothing in this run: it acts above model time %g ('onset'), and the run begins at %.2f. Lower 'onset', or begin "
+                        "with more noise ('at_least' of Noise-Matched Start).", NODE, self.settings.onset, times[0])
         sampler = guided_sampler(executor.class_obj, self.settings, Target(self.latent, self.mask, rows))
         return continue_with(executor, sampler, guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 

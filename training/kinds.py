@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ..model_patches.host_vae import check_latent_channels
 from ..model_patches.weights_file import Weights, in_words
-from .trainee import Models, Trainee
+from .trainee import NODE, Models, Trainee
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def trainee_of(weights: Weights, models: Models) -> Trainee:
         ValueError: for a kind that cannot be trained, and for models that are missing or do not fit.
     """
     kind = _known(weights.kind)
+    if models.model is not None and models.vae is not None:
+        check_latent_channels(models.vae, models.model.model, NODE)
     with torch.inference_mode(False):
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights.tensors.items()}
         return kind.trainee(replace(weights, tensors=tensors), models)

@@ -6,6 +6,7 @@ import torch
 import comfy.samplers
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux, ModelSamplingSD3
 from mend.model_patches.anatomy import anatomy_of
+from mend.model_patches.lq_condition import latent_mask
 from mend.model_patches.restoration_adapter import adapter_sites
 from mend.tests.model_patches.adapters import FLOWS, NODE, applied, base, lq, placed, sampled, spy_on_visits, trained
 from mend.tests.tiny_models import FAMILIES
@@ -150,3 +151,11 @@ def test_outside_its_part_the_model_is_itself(family):
     late = sampled(applied(base(family), trained(family), lq(family), start_percent=0.5), family, STEPS)
     always = sampled(applied(base(family), trained(family), lq(family)), family, STEPS)
     assert not torch.equal(late, plain) and not torch.equal(late, always)
+
+
+def test_the_masks_of_a_video_go_to_the_latent_frames_of_their_pictures():
+    """WAN's first latent frame is the first picture, and each other one the four after it."""
+    masks = torch.zeros(9, 16, 16)
+    masks[0], masks[5:] = 1, 0.5
+    assert latent_mask(masks, (3, 2, 2))[0, 0].flatten(1).tolist() == [[1] * 4, [0] * 4, [0.5] * 4]
+    assert latent_mask(masks[:1], (3, 2, 2)).eq(1).all() and latent_mask(masks[:4], (3, 2, 2)).shape == (1, 1, 3, 2, 2)

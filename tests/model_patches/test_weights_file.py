@@ -101,6 +101,7 @@ UNUSABLE = {
     "foreign": (with_metadata({"format": "pt"}), "was not made by this pack: its metadata lacks mend.kind, mend.version, mend.family, mend"),
     "no metadata": (with_metadata(None), "was not made by this pack: its metadata lacks mend.kind"),
     "config": (with_metadata({**METADATA, "mend.config": "{size"}), "was not made by this pack: its description is no JSON"),
+    "no set of values": (with_metadata({**METADATA, "mend.config": "[]"}), "was not made by this pack: its description is '[]', and not a set"),
     "newer": (with_metadata({**METADATA, "mend.version": "2"}), "has version 2 of the file format, and this pack reads 1. Update the pack"),
     "folder": (lambda file: file.mkdir(), "there is no file x.safetensors. Put it into models/mend"),
     "missing": (lambda file: None, "there is no file x.safetensors. Put it into models/mend"),

@@ -70,3 +70,10 @@ def test_a_file_for_another_model_is_named(run_prompt, lora_file):
     a, b = factors(8)
     with pytest.raises(PromptFailed, match="Load LoRA of Any Origin: no layer of 'model' is named in some.safetensors .transformer.nowhere"):
         loaded(run_prompt, tiny_models.model("sd15"), lora_file({"transformer.nowhere.lora_A.weight": a, "transformer.nowhere.lora_B.weight": b}))
+
+
+def test_a_file_that_is_none_is_named(run_prompt, lora_file):
+    name = lora_file({"a": torch.zeros(1)})
+    (Path(folder_paths.get_folder_paths("loras")[0]) / name).write_text("no tensors")
+    with pytest.raises(PromptFailed, match="Load LoRA of Any Origin: some.safetensors is not a safetensors file, or only a part of one"):
+        loaded(run_prompt, tiny_models.model("sd15"), name)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import comfy.sd
 from mend.model_patches.robust_encoder import ENCODER
 from mend.model_patches.weights_file import Weights
 from mend.tests import tiny_models
@@ -197,3 +198,9 @@ def test_queueing_again_uses_no_more_memory(run_prompt, patch, family):
         assert "sample" not in run_prompt(prompt, given=values).cached
         used.append(live_tensors())
     assert used[4][0] <= used[1][0] and used[4][1] <= used[1][1], f"(tensors, bytes) alive after each run: {used}"
+
+
+@both
+def test_a_vae_that_gives_no_numbers_is_named(run_prompt, patch, monkeypatch):
+    monkeypatch.setattr(comfy.sd.VAE, "encode", lambda vae, pixels: torch.full((len(pixels), 4, 8, 8), float("nan")))
+    assert f"{patch.title}: 'vae' gives NaN or infinite values" in failure(run_prompt, patch.prompt("sd15", GIVEN), patch.given())

@@ -96,6 +96,7 @@ def test_grey_and_transparent_pictures_are_taken(run):
 @pytest.mark.parametrize(("values", "inputs", "message"), [
     ({}, {}, "nothing says where to stay near; connect 'degraded' and 'vae', or 'latent'"),
     ({"degraded": picture()}, {}, "'degraded' needs 'vae' to encode it"),
+    ({"degraded": picture(), "latent": {"samples": torch.zeros(1, 4, 8, 8)}}, {"vae": ["tiny", 3]}, "both 'latent' and 'degraded' are connected"),
     ({"degraded": picture(side=80)}, {"vae": ["tiny", 3]}, "'degraded' is 80 x 80 but the latent belongs to a picture of 64 x 64"),
     ({"degraded": picture(3)}, {"vae": ["tiny", 3], "batch": 2}, "'degraded' is for 3 pictures but the latent batch has 2"),
     ({"degraded": picture()[..., :2]}, {"vae": ["tiny", 3]}, "'degraded' has 2 channels"),

@@ -8,13 +8,14 @@ import torch
 import comfy.samplers
 from mend.model_patches.degraded_picture import Degradation, DegradedPicture, Residuals, Space, reframed
 from mend.samplers.alignment import Alignment
-from mend.samplers.degradation_space import DegradationSpaceSampler, degradation_of, samples_degradation
+from mend.samplers.degradation_space import DegradationSpaceSampler, check_inner, degradation_of, samples_degradation
 from mend.samplers.degraded_latent import DegradedLatent
 from mend.samplers.guided_model import GuidedModel
 from mend.samplers.posterior_guidance import Posterior
 from mend.samplers.recurrence import RecurrentSampler
 from mend.samplers.restoration_guidance import Restoration, RestorationGuidance
 from mend.tests import tiny_models
+from mend.tests.model_patches import adapters
 from mend.tests.model_patches.degradation_models import (
     SIDE,
     applied,
@@ -401,3 +402,19 @@ def test_deviation_scales_what_is_sampled():
 def test_the_plain_picture_for_comparison():
     patcher = applied("sd15", without_lora(fresh("sd15", "picture")), told=instruction(spread=0.0))
     torch.testing.assert_close(sampled(patcher, "sd15"), plain("sd15"))
+
+
+def test_samplers_that_take_damage_for_pictures_are_refused():
+    euler = comfy.samplers.sampler_object("euler")
+    check_inner(RecurrentSampler(euler, 1, 0.3))
+    with pytest.raises(ValueError, match="'sampler' already comes from Degradation Space Sampler"):
+        check_inner(RecurrentSampler(DegradationSpaceSampler(euler), 1, 0.3))
+    with pytest.raises(ValueError, match="'sampler' is Recurrent Re-noising with a VAE"):
+        check_inner(RecurrentSampler(euler, 1, 0.3, vae("sd15")))
+
+
+def test_what_has_learned_on_pictures_is_refused():
+    """On a model that predicts damage it would make the result worse than the input."""
+    with_adapter = adapters.applied(adapters.base("sd15"), adapters.trained("sd15"), adapters.lq("sd15"))
+    with pytest.raises(ValueError, match="Apply Restoration Adapter is on this model too"):
+        sampled(applied("sd15", fresh("sd15"), to=with_adapter), "sd15")

@@ -567,3 +567,11 @@ def test_videos_that_do_not_fit_are_said(given, message):
 def test_sound_is_refused():
     with pytest.raises(ValueError, match="Restoration Guidance: the latent has the shape"):
         DegradedLatent(latent=torch.zeros(1, 8, 32)).fitted(model("sd15"), torch.Size([1, 8, 32]))
+
+
+def test_a_run_below_the_onset_is_said(caplog):
+    """As after Noise-Matched Start with little noise."""
+    for high, said in ((0.5, True), (14.0, False)):
+        caplog.clear()
+        sample(pulled("sd15"), "sd15", sigmas=torch.linspace(high, 0, 4))
+        assert ("Restoration Guidance does nothing in this run" in caplog.text) is said

@@ -11,10 +11,12 @@ from mend.model_patches.host_gradients import gradients
 from mend.model_patches.host_lora import with_lora
 from mend.model_patches.robust_encoder import ENCODER
 from mend.model_patches.weights_file import Weights
+from mend.tests import tiny_models
 from mend.tests.model_patches.adapters import applied, fresh, trained
 from mend.tests.tiny_models import FAMILIES
 from mend.tests.training.tiny_training import SIDE, batch, evaluated, generators, models, started
 from mend.training import restoration_adapter
+from mend.training.kinds import trainee_of
 from mend.training.restoration_adapter import RestorationAdapterTrainee, new_adapter
 from mend.training.trainee import Models
 
@@ -329,3 +331,9 @@ def test_new_ones_are_as_the_node_makes_them():
     made = new_adapter(given, {"rank": 4, "seed": 0})
     assert same(made.tensors, fresh("sd15").tensors) and made.config == fresh("sd15").config
     assert any(name.startswith(ENCODER) for name in new_adapter(given, {"robust_encoder": True}).tensors)
+
+
+def test_a_vae_of_another_model_is_named():
+    given = models("sd15")
+    with pytest.raises(ValueError, match="Train: 'vae' gives latents of 16 channels and the model works on 4"):
+        trainee_of(fresh("sd15"), Models(given.model, given.clip, tiny_models.vae(16)))
